@@ -1,0 +1,107 @@
+"""Trains the small contrastive extractor of common.py and measures whether FD in its features can be
+trusted. Writes weights/extractor_NAME.pt (fp16) and results/extractor/NAME.json.
+
+    python weights/train_extractor.py fashion      # trains on the 60,000, tests on fashion10k
+    python weights/train_extractor.py emoji        # trains on 9 of 10 captions, tests on the others
+
+Loss: cross-entropy of the scaled cosines between the images and the captions of a batch, both ways;
+images with equal captions share the target. Images are shifted by up to 2 pixels, so that a caption
+cannot be told by position alone.
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from common import (Extractor, class_logits, extract, feature_stats, frechet_distance,  # noqa: E402
+                    load_images, progress, save_json, write_atomically)
+
+
+def shift(x, pad, g):
+    """Random shift of a whole batch by up to `pad` pixels, one shift per batch."""
+    dx, dy = torch.randint(0, 2 * pad + 1, (2,), generator=g).tolist()
+    full = F.pad(x, (pad,) * 4, mode="replicate")
+    return full[..., dy:dy + x.shape[-2], dx:dx + x.shape[-1]]
+
+
+def train(x, y, captions, epochs, batch=128, lr=2e-3, seed=0):
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    words = sorted({w for s in captions for w in s.split()})
+    net = Extractor(x.shape[1], words).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
+    steps = epochs * len(x) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    loss = torch.zeros(())
+    for _ in progress(range(steps), "extractor", batch, note=lambda: f"loss {loss:.3f}"):
+        i = torch.randint(0, len(x), (batch,), generator=g)
+        _, image = net(shift(x[i].float(), 2, g))
+        text = net.embed_text([captions[k] for k in y[i]])
+        logits = image @ text.T * net.log_scale.exp().clamp(max=100)
+        same = (y[i][:, None] == y[i][None]).float()
+        target = same / same.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+def damaged(x, y, kind, level):
+    """x with a known damage of growing level, to see whether FD grows with it."""
+    if kind == "blur":
+        k = 2 * level + 1
+        h = F.avg_pool2d(F.pad(x.float(), (level,) * 4, mode="replicate"), k, 1)
+        return h.round().to(torch.uint8)
+    if kind == "noise":
+        eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        return (x.float() + 8 * level * eps).round().clamp(0, 255).to(torch.uint8)
+    gone = y.unique()[:level] if len(y.unique()) <= 10 else y.unique()[:level * len(y.unique()) // 10]
+    return x[~torch.isin(y, gone)]                                             # missing classes
+
+
+def main(name):
+    start = time.time()
+    if name == "fashion":
+        x, y, captions = load_images("fashion")
+        x_test, y_test, _ = load_images("fashion10k")
+        epochs = 3
+    else:
+        x_all, y_all, captions = load_images(name)
+        held = torch.arange(len(captions)) % 10 == 9                  # held-out captions, not images
+        test = held[y_all]
+        x, y, x_test, y_test = x_all[~test], y_all[~test], x_all[test], y_all[test]
+        epochs = 30
+    net = train(x, y, captions, epochs)
+    features, embeddings = extract(net, x_test)
+    shown = sorted(set(y_test.tolist()))
+    logits = class_logits(net, embeddings, [captions[k] for k in shown])
+    target = torch.tensor([shown.index(k) for k in y_test.tolist()])
+    rank = (logits >= logits.gather(1, target[:, None])).sum(1)
+    report = dict(data=name, images=len(x), epochs=epochs, held_out=len(x_test), captions=len(shown),
+                  top1=float((rank <= 1).float().mean()), top5=float((rank <= 5).float().mean()))
+    half = torch.randperm(len(x_test) if name == "fashion" else len(x_all),
+                          generator=torch.Generator().manual_seed(0))
+    xs, ys = (x_test, y_test) if name == "fashion" else (x_all, y_all)
+    a, b = half[:len(half) // 2], half[len(half) // 2:]
+    reference = feature_stats(extract(net, xs[a])[0])
+    report["fd"] = {"none": frechet_distance(feature_stats(extract(net, xs[b])[0]), reference)}
+    for kind in ("blur", "noise", "missing classes"):
+        report["fd"][kind] = [frechet_distance(feature_stats(extract(net, damaged(xs[b], ys[b], kind, k))[0]),
+                                               reference) for k in (1, 2, 3)]
+    report["fd_images"] = [len(a), len(b)]
+    report["minutes"] = round((time.time() - start) / 60, 1)
+    print(report)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    saved = dict(channels=x.shape[1], words=list(net.words), state=state)
+    write_atomically(HERE / f"extractor_{name}.pt", lambda part: torch.save(saved, part))
+    save_json(HERE.parent / "results" / "extractor" / f"{name}.json", report)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "fashion")

@@ -1,4 +1,49 @@
-"""DOC"""
+"""C2F-TRD: Efficient Coarse-to-Fine Diffusion Models with Time Step Sequence Redistribution
+(arXiv 2603.21348), in one file. The paper has no public code.
+
+The first steps of a diffusion sampler produce blur: run them at low resolution (C2F). One network does
+both resolutions, told which by a label; t*, the step at which to go from low to high, is where the
+predicted images have their lowest rank. Then choose the few steps worth taking (TRD): substitute one step
+after the other by a neighbour whenever 16 images come closer to those of 100 steps. Minutes, not days.
+
+Run (README.md has more):
+    python c2f_trd.py --sample                               # 64 images from the shipped weights
+    python c2f_trd.py --sample --method base --solver ddim --steps 100      # off switch: plain DDIM
+    python c2f_trd.py --train --search --sample --evaluate   # the whole paper on fashion10k
+    torchrun --nproc_per_node=2 c2f_trd.py --train           # two processes (or GPUs)
+    python c2f_trd.py --ledger                               # the paper's networks, parameters and MACs
+
+Expect: EXPECT
+
+Symbols: t_T .. t_0 -> taus (descending, all evaluated; the paper's T is our K); T^c, T^f -> low-steps,
+steps; x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 of the coarse stage; C_i, n -> candidate_steps, n;
+t* -> t_star; alpha_bar[-1] = 1 is clean data (t = -1).
+
+Differences from the paper, and what it leaves open:
+D1  "Uniform" is linspace(999, 0, K) with both ends: its t* = 565 is on that grid of 100 and on no other
+    usual one. It spends an evaluation at t = 0; --spacing has the alternatives, which change FD more
+    than TRD does.
+D2  TRD: steps are visited from t_0 to t_T, replaced at once, if the loss falls by more than rounding
+    (1e-6). Candidates are rounded half up. Eq. 3's ends have one neighbour, so t_T can only fall and
+    t_0 only rise: --ends bounded gives them virtual neighbours at 1000 and -1.
+D3  Rank: of 1024 unclipped x0_hat with the averaged weights, on the 100-step grid; the first reached
+    of equal minima. The dip comes from the network's error: an exact denoiser's rank only rises,
+    its minimum is the plateau at t = 999 (tests/test_c2f_trd.py shows both).
+D4  The label embedding (and xy's input weights) start at zero: fine-tuning starts at the base model.
+D5  Fine-tuning goes on with the pre-training's settings; odd steps are low, even steps high resolution,
+    both counted; low-resolution images are area averages. 2dms: every step is low, the base model
+    stays the high one.
+D6  Bilinear up-sampling between the stages (at t* the noise is 25 times what it loses).
+D7  DPM-Solver++ is 2M (midpoint), first order at the start and to clean data, which ends at
+    alpha_bar = 1; its history starts anew at the resolution switch. dpm3 is order 3.
+D8  --two-phase searches the low steps against 100 low ones, then the high steps: a quarter of the cost.
+D9  Nothing is clipped while sampling or in the loss; images are at the end.
+D10 The reference of both solvers is DDIM: 100 steps; with C2F 100 low ones and those of the same 100
+    that do not exceed t*.
+D11 Preset small is not the paper's network: 2x2 pixels a token, a decaying learning rate, no flips (shoes
+    point left), Fashion-MNIST's 10,000 test images. Its FD is no FID and compares with itself only.
+Not here: Diff-Pruning and AutoDiffusion, which the paper compares with.
+"""
 import argparse
 import copy
 import functools
@@ -54,9 +99,10 @@ PRESETS = {
     "batch":            (16,        128,          128,            64),          # global, all processes
     "lr":               (2e-3,      1e-3,         2e-4,           2e-5),        # Adam
     "warmup":           (10,        200,          5000,           5000),        # steps, linear
+    "decay":            (0.3,       0.3,          0.0,            0.0),         # share of the steps with falling lr
     "ema":              (0.9,       0.999,        0.9999,         0.9999),      # decay
-    "iters":            (20,        6000,         800_000,        4_400_000),   # steps of the base model
-    "finetune_iters":   (20,        2500,         100_000,        375_000),     # steps of Sec. III-A2
+    "iters":            (20,        5000,         800_000,        4_400_000),   # steps of the base model
+    "finetune_iters":   (20,        2000,         100_000,        375_000),     # steps of Sec. III-A2
 }
 PRESET_NAMES = ("tiny", "small", "paper", "paper-lsun")
 
@@ -557,7 +603,7 @@ def stages_of(plan, models, z_high, z_low):
     """The stages and sequences of c2f_sample for a plan."""
     if plan["low_taus"]:
         if "low" not in models:
-            raise ValueError("this checkpoint ends before the fine-tuning: --train --resume, or --method base")
+            raise ValueError("this checkpoint is not fine-tuned yet: --train --resume, or --method base")
         return [(models["low"], z_low), (models["high"], z_high)], [plan["low_taus"], plan["high_taus"]]
     return [(models["base"], z_high)], [plan["high_taus"]]
 
@@ -687,20 +733,25 @@ def train(args, device, rank, world):
             setattr(args, key, saved["args"][key])
     x, _, _ = load_images(args.data, args.res)
     channels, R, strategy = x.shape[1], x.shape[-1], args.strategy
+    args.res = R
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
     if R % args.low or args.low >= R:
         raise ValueError(f"--low {args.low} is no fraction of the resolution {R}")
+    config = {k: getattr(args, k) for k in (*PRESETS, "data", "preset", "strategy", "seed")}
     alpha_bar, mine = linear_alpha_bar(T), slice(rank, None, world)
+    if rank == 0:
+        save_json(run / "args.json", config)                           # an unwritable folder fails here
     base = saved.get("base")
     phases = ("base", "finetune") if base is None else ("finetune",)
     for phase in phases:
         begin, end = (0, args.iters) if phase == "base" else (args.iters, args.iters + args.finetune_iters)
-        if phase == "base":
-            net = build_net(vars(args), channels)
-        else:
-            net = finetune_start(vars(args), channels, strategy, base)       # METHOD: III-A2
-        ema = copy.deepcopy(net).to(device).requires_grad_(False)
+        kind = None if phase == "base" else strategy
+        net = finetune_start(config, channels, kind, base) if kind else build_net(config, channels)
+        if R % net.multiple or args.low % net.multiple:
+            raise ValueError(f"the network halves its input: the resolution {R} and --low {args.low} must be "
+                             f"multiples of {net.multiple}")
+        ema = copy.deepcopy(net).to(device).eval().requires_grad_(False)
         net = net.to(device).train()
         optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
         step = begin
@@ -712,6 +763,7 @@ def train(args, device, rank, world):
         model = DistributedDataParallel(net) if world > 1 else net
         model = torch.compile(model) if args.compile else model
         loss_sum, count, begun = torch.zeros((), device=device), 0, time.time()
+        fall = max(1, args.decay * (end - begin))
 
         def save():
             mean = float(loss_sum) / max(count, 1)
@@ -719,9 +771,18 @@ def train(args, device, rank, world):
                 raise ValueError(f"the loss is not finite: stopped at step {step}; the last good "
                                  f"checkpoint is {run / 'checkpoint.pt'}; try a lower --lr")
             if rank == 0:
-                save_checkpoint(run / "checkpoint.pt", phase=phase, step=step, net=net.state_dict(),
-                                ema=ema.state_dict(), base=base, optimizer=optimizer.state_dict(),
-                                channels=channels, args=vars(args), images_seen=step * args.batch)
+                common = dict(phase=phase, step=step, channels=channels, args=config,
+                              images_seen=step * args.batch)
+                save_checkpoint(run / "checkpoint.pt", **common, base=base, ema=ema.state_dict(),
+                                net=net.state_dict(), optimizer=optimizer.state_dict())
+                if phase == "finetune" and step == end:                # what is shipped: 4 MB
+                    half = [{k: v.half() for k, v in d.items()} for d in (base, ema.state_dict())]
+                    save_checkpoint(run / "weights.pt", **common, base=half[0], ema=half[1])
+                z = noise_for(range(32), (channels, R, R)).to(device)
+                with torch.no_grad(), autocast(device, args.precision):
+                    x = dpm_solver_pp_sample(lambda xt, t: predict_eps(ema, kind, xt, t, True).float(), z,
+                                             uniform_steps(T - 1, 10, "exclusive"), alpha_bar)
+                save_grid(run / "samples.png", x)
                 line = dict(phase=phase, step=step, images_seen=step * args.batch, loss=round(mean, 5),
                             images_per_s=round(count * args.batch / (time.time() - begun), 1))
                 with open(run / "log.jsonl", "a") as log:
@@ -742,10 +803,9 @@ def train(args, device, rank, world):
             eps = torch.randn(args.batch, *x0.shape[1:])[mine]
             x0, t, eps = x0.to(device), t[mine].to(device), eps.to(device)
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (step - begin) / args.warmup)
+                group["lr"] = args.lr * min(1, (step - begin) / args.warmup, (end + 1 - step) / fall)
             with autocast(device, args.precision):
-                loss = diffusion_loss(model, x0, t, eps, alpha_bar,
-                                      None if phase == "base" else strategy, high)
+                loss = diffusion_loss(model, x0, t, eps, alpha_bar, kind, high)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -823,32 +883,35 @@ def evaluate(args, models, device, rank, world):
             plan = make_plan("c2f", solver, steps, steps, T - 1)
             plan["high_taus"] = [s for s in plan["high_taus"] if s <= t]
             jobs.append((plan, dict(t_star=plan["high_taus"][0])))
-    for (plan, extra), seed in itertools.product(jobs, range(args.seed, args.seed + args.seeds)):
-        seeds, begun = range(seed * args.n, (seed + 1) * args.n), time.time()
-        images = sample(args, models, plan, seeds[rank::world], device)
-        seconds = time.time() - begun
-        features_g, second = extract(extractor, images)
-        logits = class_logits(extractor, second, captions) if name != "inception" else second
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, (features_g, logits))
-            features_g, logits = (torch.cat(p) for p in zip(*parts))
-        if rank > 0:
-            continue
-        fd = frechet_distance(feature_stats(features_g), reference)
-        score, _ = inception_score(logits)
-        if args.per_class:                                             # where does it fail?
-            extra = dict(extra, per_class=[])
+    for plan, extra in jobs:
+        pooled = []                                                    # of all seeds, for --per-class
+        for seed in range(args.seed, args.seed + args.seeds):
+            seeds, begun = range(seed * args.n, (seed + 1) * args.n), time.time()
+            images = sample(args, models, plan, seeds[rank::world], device)
+            seconds = time.time() - begun
+            part = extract(extractor, images)
+            parts = [part] * world
+            if world > 1:
+                dist.all_gather_object(parts, part)
+            if rank > 0:
+                continue
+            mine, second = (torch.cat(p) for p in zip(*parts))
+            logits = second if name == "inception" else class_logits(extractor, second, captions)
+            pooled.append((mine, logits.argmax(1)))
+            fd, (score, _) = frechet_distance(feature_stats(mine), reference), inception_score(logits)
+            append_result(args, device, plan, args.experiment or "evaluate", seed=seed, n=args.n,
+                          extractor=name, fd=fd, inception_score=score,
+                          seconds_per_image=seconds / args.n, processes=world, **extra)
+            print(f"{plan['method']} {plan['solver']} {len(plan['low_taus'])}+{len(plan['high_taus'])} "
+                  f"steps, seed {seed}: FD[{name}]@{args.n} {fd:.2f}, score {score:.2f}, {seconds:.0f} s")
+        if args.per_class and rank == 0:                               # where does it fail?
+            mine, chosen = (torch.cat(p) for p in zip(*pooled))
+            classes = []
             for c, caption in enumerate(captions):
-                mine, real = features_g[logits.argmax(1) == c], features[y == c]
-                enough = len(mine) > extractor.width
-                extra["per_class"].append(dict(caption=caption, n=len(mine), fd=frechet_distance(
-                    feature_stats(mine), feature_stats(real)) if enough else None))
-        append_result(args, device, plan, args.experiment or "evaluate", seed=seed, n=args.n,
-                      extractor=name, fd=fd, inception_score=score,
-                      seconds_per_image=seconds * world / args.n, processes=world, **extra)
-        print(f"{plan['method']} {plan['solver']} {len(plan['low_taus'])}+{len(plan['high_taus'])} steps "
-              f"seed {seed}: FD[{name}]@{args.n} {fd:.2f}, score {score:.2f}, {seconds:.0f} s")
+                enough = int((chosen == c).sum()) > extractor.width
+                classes.append(dict(caption=caption, n=int((chosen == c).sum()), fd=frechet_distance(
+                    feature_stats(mine[chosen == c]), feature_stats(features[y == c])) if enough else None))
+            append_result(args, device, plan, "per class", n=len(mine), extractor=name, classes=classes)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def train(x, y, captions, epochs, batch=128, lr=2e-3, seed=0):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return net.eval()
+    return net.eval().requires_grad_(False)
 
 
 def damaged(x, y, kind, level):

@@ -903,7 +903,7 @@ def evaluate(args, models, device, rank, world):
                           extractor=name, fd=fd, inception_score=score,
                           seconds_per_image=seconds / args.n, processes=world, **extra)
             print(f"{plan['method']} {plan['solver']} {len(plan['low_taus'])}+{len(plan['high_taus'])} "
-                  f"steps, seed {seed}: FD[{name}]@{args.n} {fd:.2f}, score {score:.2f}, {seconds:.0f} s")
+                  f"steps, seed {seed}: FD[{name}]@{args.n} {fd:.3f}, score {score:.2f}, {seconds:.0f} s")
         if args.per_class and rank == 0:                               # where does it fail?
             mine, chosen = (torch.cat(p) for p in zip(*pooled))
             classes = []

@@ -410,15 +410,15 @@ class Extractor(nn.Module):
     """A miniature CLIP for data sets on which no large network is at hand: an image encoder and a
     caption encoder (mean of word vectors) trained contrastively (weights/train_extractor.py). Its
     pooled features (width 128) give FD, its cosine the caption score, its nearest caption the class.
-    Any resolution that is a multiple of 8."""
+    patch: pixels per side that are folded into channels first (2 for 64x64 images)."""
 
     width = 128
 
-    def __init__(self, channels, words, embedding=64):
+    def __init__(self, channels, words, patch=1, embedding=64):
         super().__init__()
-        self.words = {word: i for i, word in enumerate(words)}
+        self.words, self.patch = {word: i for i, word in enumerate(words)}, patch
         layers = []
-        for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2),
+        for c_in, c_out, stride in ((channels * patch ** 2, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2),
                                     (128, 128, 1), (128, 128, 2)):
             layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
         self.image = nn.Sequential(*layers)
@@ -428,11 +428,12 @@ class Extractor(nn.Module):
 
     def forward(self, x):
         """x uint8 (B, C, R, R) -> features (B, 128), unit image embeddings (B, 64)."""
-        h = self.image(x.float() / 127.5 - 1).mean(dim=(2, 3))
+        h = self.image(F.pixel_unshuffle(x.float() / 127.5 - 1, self.patch)).mean(dim=(2, 3))
         return h, F.normalize(self.head(h), dim=1)
 
     def embed_text(self, captions):
-        """list of str -> unit embeddings (N, 64); words that it does not know are left out."""
+        """list of str -> unit embeddings (N, 64); words that it does not know are left out. A caption
+        of unknown words only is a zero vector."""
         rows = [[self.words[w] for w in s.split() if w in self.words] for s in captions]
         offsets = torch.tensor([0] + [len(r) for r in rows[:-1]]).cumsum(0)
         index = torch.tensor([i for r in rows for i in r], dtype=torch.long)
@@ -451,7 +452,7 @@ def load_extractor(data, device, inception=None, root=HERE / "weights"):
         raise ValueError(f"no small extractor for '{data}' ({path.name}): name the Inception weights "
                          "with --inception PATH, or train one with weights/train_extractor.py")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    extractor = Extractor(saved["channels"], saved["words"])
+    extractor = Extractor(saved["channels"], saved["words"], saved["patch"])
     extractor.load_state_dict({k: v.float() if v.is_floating_point() else v
                                for k, v in saved["state"].items()})
     return extractor.to(device).eval().requires_grad_(False), f"small-{name}"

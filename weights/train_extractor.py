@@ -32,7 +32,7 @@ def train(x, y, captions, epochs, batch=128, lr=2e-3, seed=0):
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     words = sorted({w for s in captions for w in s.split()})
-    net = Extractor(x.shape[1], words).to(memory_format=torch.channels_last).train()
+    net = Extractor(x.shape[1], words, patch=x.shape[-1] // 32).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
     steps = epochs * len(x) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
@@ -85,9 +85,8 @@ def main(name):
     rank = (logits >= logits.gather(1, target[:, None])).sum(1)
     report = dict(data=name, images=len(x), epochs=epochs, held_out=len(x_test), captions=len(shown),
                   top1=float((rank <= 1).float().mean()), top5=float((rank <= 5).float().mean()))
-    half = torch.randperm(len(x_test) if name == "fashion" else len(x_all),
-                          generator=torch.Generator().manual_seed(0))
     xs, ys = (x_test, y_test) if name == "fashion" else (x_all, y_all)
+    half = torch.randperm(len(xs), generator=torch.Generator().manual_seed(0))
     a, b = half[:len(half) // 2], half[len(half) // 2:]
     reference = feature_stats(extract(net, xs[a])[0])
     report["fd"] = {"none": frechet_distance(feature_stats(extract(net, xs[b])[0]), reference)}
@@ -98,7 +97,7 @@ def main(name):
     report["minutes"] = round((time.time() - start) / 60, 1)
     print(report)
     state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    saved = dict(channels=x.shape[1], words=list(net.words), state=state)
+    saved = dict(channels=x.shape[1], words=list(net.words), patch=net.patch, state=state)
     write_atomically(HERE / f"extractor_{name}.pt", lambda part: torch.save(saved, part))
     save_json(HERE.parent / "results" / "extractor" / f"{name}.json", report)
 

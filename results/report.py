@@ -1,0 +1,191 @@
+"""Tables and figures of the README from results.jsonl; nothing is typed by hand.
+
+    python results/report.py           # writes results/c2f_trd/*.png and the tables in README.md
+
+Figures need matplotlib (pip install matplotlib); without it only the tables are made.
+"""
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "results" / "c2f_trd"
+NAMES = {"base": "uniform", "trd": "TRD", "c2f": "C2F", "c2f+trd": "C2F+TRD"}
+SOLVER = {"ddim": "DDIM", "dpm2": "DPM-Solver++ 2M", "dpm3": "DPM-Solver++ 3M"}
+
+
+def load():
+    """Lines of results.jsonl; of lines with the same conditions the newest counts."""
+    rows = {}
+    for line in (FOLDER / "results.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        key = [r[k] for k in ("experiment", "method", "solver", "low", "strategy", "nfe")]
+        key += [r.get("seed"), r.get("n"), r.get("t_star"), r["plan"].get("spacing")]
+        key += [r.get("calibration"), r["args"].get("ends"), r["args"].get("two_phase")]
+        rows[json.dumps(key)] = r
+    return list(rows.values())
+
+
+def pm(values, digits=3):
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def pick(rows, experiment, method, solver, steps=None, **more):
+    return [r for r in rows if (r["experiment"], r["method"], r["solver"]) == (experiment, method, solver)
+            and steps in (None, r["nfe"][1]) and all(r["plan"].get(k) == v for k, v in more.items())]
+
+
+def table_fig6(rows):
+    first = pick(rows, "fig6", "base", "ddim", 100)
+    out = ["| steps | method | MACs of 100-step DDIM | DDIM | DPM-Solver++ 2M |", "| --- | --- | --- | --- | --- |"]
+    if first:
+        out.append(f"| 100 | uniform | 100 % | **{pm([r['fd'] for r in first])}** | |")
+    for steps in (5, 6, 10, 11, 20, 21, 40):
+        for method in NAMES:
+            cells = [pick(rows, "fig6", method, s, steps) for s in ("ddim", "dpm2")]
+            if not any(cells):
+                continue
+            macs = 100 * next(c for c in cells if c)[0]["relative_macs"]
+            low = "10 + " if "c2f" in method else ""
+            fds = [pm([r["fd"] for r in c]) if c else "" for c in cells]
+            out.append(f"| {low}{steps} | {NAMES[method]} | {macs:.1f} % | {fds[0]} | {fds[1]} |")
+    return out
+
+
+def table_spacing(rows):
+    out = ["| steps | solver | method | inclusive (paper) | exclusive | trailing | TRD from inclusive |",
+           "| --- | --- | --- | --- | --- | --- | --- |"]
+    for solver in ("ddim", "dpm2"):
+        for method in ("base", "c2f"):
+            for steps in (5, 10, 20):
+                cells = [[r["fd"] for r in pick(rows, "fig6", method, solver, steps) if r["seed"] == 0]]
+                cells += [[r["fd"] for r in pick(rows, "spacing", method, solver, steps, spacing=s)]
+                          for s in ("exclusive", "trailing")]
+                trd = "trd" if method == "base" else "c2f+trd"
+                cells += [[r["fd"] for r in pick(rows, "fig6", trd, solver, steps) if r["seed"] == 0]]
+                if any(cells[1:3]):
+                    best = min(v[0] for v in cells if v)
+                    text = [("**{:.3f}**" if v[0] == best else "{:.3f}").format(v[0]) if v else "" for v in cells]
+                    out.append(f"| {steps} | {SOLVER[solver]} | {NAMES[method]} | {' | '.join(text)} |")
+    return out
+
+
+def table_search(rows):
+    out = ["| method | solver | steps | search | sweeps | seconds | evaluations/sample | calls | loss on 16: "
+           "uniform → TRD | held out: inclusive | exclusive | leading | trailing | TRD |",
+           "| " + " --- |" * 14]
+    for r in sorted((r for r in rows if r["experiment"] == "search"),
+                    key=lambda r: (r["solver"], r["method"], r["nfe"][1], r["calibration"])):
+        kind = ("two-phase" if r["plan"]["two_phase"] else "joint") if "c2f" in r["method"] else "single"
+        kind += f", {r['calibration']} samples" if r["calibration"] != 16 else ""
+        kind += ", bounded ends" if r["plan"]["ends"] == "bounded" else ""
+        h, best = r["held_out"], min(r["held_out"].values())
+        cells = [f"**{v:.2e}**" if v == best else f"{v:.2e}" for v in
+                 (h["inclusive"], h["exclusive"], h["leading"], h["trailing"], h["trd"])]
+        out.append(f"| {NAMES[r['method']]} | {SOLVER[r['solver']]} | {r['nfe'][1]} | {kind} | {len(r['loss']) - 1} "
+                   f"| {r['seconds']:.0f} | {'+'.join(map(str, r['evaluations']))} | {r['calls']} | "
+                   f"{r['loss'][0]:.2e} → {r['loss'][-1]:.2e} | {' | '.join(cells)} |")
+    return out
+
+
+def table_1(rows):
+    paper = {"base": 4.46, "2dms": 4.70, "label": 4.91, "xy": 5.48, "2T": 6.03}
+    out = ["| | Original | 2DMs | 1DM-label | 1DM-xy | 1DM-2T |", "| --- | --- | --- | --- | --- | --- |"]
+    cells = {}
+    for r in rows:
+        if r["experiment"] == "table1":
+            cells["base" if r["method"] == "base" else r["strategy"]] = (r["fd"], r["plan"]["high_taus"][0])
+    out.append("| FD, ours | " + " | ".join(f"{cells[k][0]:.3f}" if k in cells else "" for k in paper) + " |")
+    out.append("| t* | " + " | ".join(str(cells[k][1]) if k in cells and k != "base" else "" for k in paper) + " |")
+    out.append("| FID, paper (CIFAR-10) | " + " | ".join(f"{v:.2f}" for v in paper.values()) + " |")
+    return out
+
+
+def table_class(rows):
+    found = {(r["method"], r["solver"], r["nfe"][1]): r["classes"] for r in rows if r["experiment"] == "per class"}
+    base, fast = found.get(("base", "ddim", 100)), found.get(("c2f+trd", "dpm2", 10))
+    if not base or not fast:
+        return ["(not measured)"]
+    out = ["| class | n, base | FD, base | n, C2F+TRD | FD, C2F+TRD |", "| --- | --- | --- | --- | --- |"]
+    show = lambda v: "too few" if v is None else f"{v:.3f}"  # noqa: E731
+    for a, b in zip(base, fast):
+        out.append(f"| {a['caption']} | {a['n']} | {show(a['fd'])} | {b['n']} | {show(b['fd'])} |")
+    return out
+
+
+def figures(rows):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    styles = {"base": "o-", "trd": "s-", "c2f": "o--", "c2f+trd": "s--"}
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for ax, solver in zip(axes, ("ddim", "dpm2")):
+        for method, style in styles.items():
+            points = {}
+            for r in pick(rows, "fig6", method, solver):
+                if r["nfe"][1] in (5, 10, 20, 40):
+                    points.setdefault(100 * r["relative_macs"], []).append(r["fd"])
+            x = sorted(points)
+            ax.errorbar(x, [mean(points[k]) for k in x], fmt=style, capsize=3, label=NAMES[method],
+                        yerr=[stdev(points[k]) if len(points[k]) > 1 else 0 for k in x])
+        full = [r["fd"] for r in pick(rows, "fig6", "base", "ddim", 100)]
+        if full:
+            ax.axhline(mean(full), color="grey", label="100-step DDIM")
+            ax.axhline(1.1 * mean(full), color="grey", ls=":", label="+10 %")
+        ax.set(xlabel="MACs, % of 100-step DDIM", title=SOLVER[solver], xscale="log", yscale="log")
+        ax.set_xticks([5, 10, 20, 40], ["5", "10", "20", "40"])
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel("FD[small-fashion]@2000")
+    fig.tight_layout()
+    fig.savefig(FOLDER / "fig6.png", dpi=110)
+
+    path, sweep = ROOT / "weights" / "c2f_trd" / "transition.json", [r for r in rows if r["experiment"] == "sweep"]
+    fig, ax = plt.subplots(figsize=(7, 4))
+    found = json.loads(path.read_text())
+    ax.plot(*zip(*found["ranks"]), label=f"cut index of x0_hat, 8x8, {found['samples']} samples")
+    ax.axvline(found["t_star"], color="grey", ls=":", label=f"t* = {found['t_star']}")
+    ax.set(xlabel="t", ylabel="cut index (99 % of the variance)", title="Fig. 5: rank, and FD against the transition")
+    other = ax.twinx()
+    sweep = sorted((r["t_star"], r["fd"]) for r in sweep)
+    if sweep:
+        other.plot(*zip(*sweep), "o-", color="C1")
+        other.set_ylabel("FD of C2F with the transition at t", color="C1")
+    ax.invert_xaxis()
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(FOLDER / "fig5.png", dpi=110)
+
+    found = {(r["method"], r["solver"], r["nfe"][1]): r["classes"] for r in rows if r["experiment"] == "per class"}
+    base, fast = found.get(("base", "ddim", 100)), found.get(("c2f+trd", "dpm2", 10))
+    if base and fast:
+        fig, ax = plt.subplots(figsize=(8, 3.6))
+        at = range(len(base))
+        ax.bar([i - 0.2 for i in at], [c["fd"] or 0 for c in base], 0.4, label="DDIM, 100 steps")
+        ax.bar([i + 0.2 for i in at], [c["fd"] or 0 for c in fast], 0.4, label="C2F+TRD, 10 + 10 steps")
+        ax.set_xticks(at, [c["caption"] for c in base], rotation=30, ha="right")
+        ax.set(ylabel="FD of the class")
+        ax.legend()
+        fig.tight_layout()
+        fig.savefig(FOLDER / "classes.png", dpi=110)
+
+
+def main():
+    rows = load()
+    tables = dict(fig6=table_fig6(rows), spacing=table_spacing(rows), search=table_search(rows),
+                  table1=table_1(rows), classes=table_class(rows))
+    (FOLDER / "tables.md").write_text("\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in tables.items()) + "\n")
+    readme = (ROOT / "README.md").read_text()
+    for name, lines in tables.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        readme = re.sub(pattern, lambda m, lines=lines: m[1] + "\n".join(lines) + "\n" + m[2], readme, flags=re.S)
+    (ROOT / "README.md").write_text(readme)
+    try:
+        figures(rows)
+    except ImportError:
+        print("no matplotlib: tables only")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ Run (README.md has more):
     python c2f_trd.py --sample                               # 64 images from the shipped weights
     python c2f_trd.py --sample --method base --solver ddim --steps 100      # off switch: plain DDIM
     python c2f_trd.py --train --search --sample --evaluate   # the whole paper on fashion10k
-    torchrun --nproc_per_node=2 c2f_trd.py --train           # two processes (or GPUs)
+    torchrun --nproc_per_node=2 -- c2f_trd.py --train           # two processes (or GPUs)
     python c2f_trd.py --ledger                               # the paper's networks, parameters and MACs
 
 Expect: EXPECT
@@ -50,6 +50,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -99,7 +100,7 @@ PRESETS = {
     "batch":            (16,        128,          128,            64),          # global, all processes
     "lr":               (2e-3,      1e-3,         2e-4,           2e-5),        # Adam
     "warmup":           (10,        200,          5000,           5000),        # steps, linear
-    "decay":            (0.3,       0.3,          0.0,            0.0),         # share of the steps with falling lr
+    "decay":            (0.3,       0.3,          0.0,            0.0),         # last share: lr falls
     "ema":              (0.9,       0.999,        0.9999,         0.9999),      # decay
     "iters":            (20,        5000,         800_000,        4_400_000),   # steps of the base model
     "finetune_iters":   (20,        2000,         100_000,        375_000),     # steps of Sec. III-A2
@@ -728,8 +729,11 @@ def train(args, device, rank, world):
         run = Path(args.checkpoint).parent
         args = argparse.Namespace(**{**vars(args), **saved["args"]})
     else:
-        run = Path(args.out) / time.strftime("%Y%m%d-%H%M%S")
-        for key in ARCHITECTURE if saved else ():                      # the checkpoint decides
+        name = [time.strftime("%Y%m%d-%H%M%S")]
+        if world > 1:
+            dist.broadcast_object_list(name)                           # the clocks may differ
+        run = Path(args.out) / name[0]
+        for key in ("iters", *ARCHITECTURE) if saved else ():          # the checkpoint decides
             setattr(args, key, saved["args"][key])
     x, _, _ = load_images(args.data, args.res)
     channels, R, strategy = x.shape[1], x.shape[-1], args.strategy
@@ -743,6 +747,9 @@ def train(args, device, rank, world):
     if rank == 0:
         save_json(run / "args.json", config)                           # an unwritable folder fails here
     base = saved.get("base")
+    if saved and not args.resume and base is None:                     # left in its first phase
+        base = saved["ema"]
+    torch.manual_seed(args.seed)
     phases = ("base", "finetune") if base is None else ("finetune",)
     for phase in phases:
         begin, end = (0, args.iters) if phase == "base" else (args.iters, args.iters + args.finetune_iters)
@@ -791,7 +798,8 @@ def train(args, device, rank, world):
         def note():
             return f"loss {float(loss_sum) / max(count, 1):.4f}"
 
-        for step in progress(range(step + 1, end + 1), f"train {phase}", args.batch, note=note):
+        todo = range(step + 1, end + 1)
+        for step in progress(todo, f"train {phase}", args.batch, note=note):
             torch.manual_seed(args.seed * 10_000_019 + step)
             high = phase == "base" or (strategy != "2dms" and step % 2 == 0)   # alternating (D5)
             i, t = torch.randint(0, len(x), (args.batch,)), torch.randint(0, T, (args.batch,))
@@ -1034,6 +1042,8 @@ def find_checkpoint(args):
 def main():
     args = get_args()
     device, rank, world = start_device(args.device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")                             # one process speaks
     if args.train:
         if args.resume:
             find_checkpoint(args)

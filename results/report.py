@@ -39,7 +39,7 @@ def pick(rows, experiment, method, solver, steps=None, **more):
 
 def table_fig6(rows):
     first = pick(rows, "fig6", "base", "ddim", 100)
-    out = ["| steps | method | MACs of 100-step DDIM | DDIM | DPM-Solver++ 2M |", "| --- | --- | --- | --- | --- |"]
+    out = ["| steps | method | MACs of 100-step DDIM | DDIM | DPM-Solver++ 2M |", "| " + "--- | " * 5]
     if first:
         out.append(f"| 100 | uniform | 100 % | **{pm([r['fd'] for r in first])}** | |")
     for steps in (5, 6, 10, 11, 20, 21, 40):
@@ -67,7 +67,7 @@ def table_spacing(rows):
                 cells += [[r["fd"] for r in pick(rows, "fig6", trd, solver, steps) if r["seed"] == 0]]
                 if any(cells[1:3]):
                     best = min(v[0] for v in cells if v)
-                    text = [("**{:.3f}**" if v[0] == best else "{:.3f}").format(v[0]) if v else "" for v in cells]
+                    text = [f"**{v[0]:.3f}**" if v[:1] == [best] else f"{v[0]:.3f}" if v else "" for v in cells]
                     out.append(f"| {steps} | {SOLVER[solver]} | {NAMES[method]} | {' | '.join(text)} |")
     return out
 
@@ -84,8 +84,9 @@ def table_search(rows):
         h, best = r["held_out"], min(r["held_out"].values())
         cells = [f"**{v:.2e}**" if v == best else f"{v:.2e}" for v in
                  (h["inclusive"], h["exclusive"], h["leading"], h["trailing"], h["trd"])]
-        out.append(f"| {NAMES[r['method']]} | {SOLVER[r['solver']]} | {r['nfe'][1]} | {kind} | {len(r['loss']) - 1} "
-                   f"| {r['seconds']:.0f} | {'+'.join(map(str, r['evaluations']))} | {r['calls']} | "
+        out.append(f"| {NAMES[r['method']]} | {SOLVER[r['solver']]} | {r['nfe'][1]} | {kind} | "
+                   f"{len(r['loss']) - 1} | {r['seconds']:.0f} | "
+                   f"{' + '.join(map(str, r['evaluations']))} | {r['calls']} | "
                    f"{r['loss'][0]:.2e} → {r['loss'][-1]:.2e} | {' | '.join(cells)} |")
     return out
 
@@ -98,14 +99,21 @@ def table_1(rows):
         if r["experiment"] == "table1":
             cells["base" if r["method"] == "base" else r["strategy"]] = (r["fd"], r["plan"]["high_taus"][0])
     out.append("| FD, ours | " + " | ".join(f"{cells[k][0]:.3f}" if k in cells else "" for k in paper) + " |")
-    out.append("| t* | " + " | ".join(str(cells[k][1]) if k in cells and k != "base" else "" for k in paper) + " |")
+    stars = [str(cells[k][1]) if k in cells and k != "base" else "" for k in paper]
+    out.append("| t* | " + " | ".join(stars) + " |")
     out.append("| FID, paper (CIFAR-10) | " + " | ".join(f"{v:.2f}" for v in paper.values()) + " |")
     return out
 
 
+def per_class(rows):
+    """Classes of 100-step DDIM and of C2F+TRD with 10 steps of 2M, if both were measured."""
+    found = {(r["method"], r["solver"], r["nfe"][1]): r["classes"]
+             for r in rows if r["experiment"] == "per class"}
+    return found.get(("base", "ddim", 100)), found.get(("c2f+trd", "dpm2", 10))
+
+
 def table_class(rows):
-    found = {(r["method"], r["solver"], r["nfe"][1]): r["classes"] for r in rows if r["experiment"] == "per class"}
-    base, fast = found.get(("base", "ddim", 100)), found.get(("c2f+trd", "dpm2", 10))
+    base, fast = per_class(rows)
     if not base or not fast:
         return ["(not measured)"]
     out = ["| class | n, base | FD, base | n, C2F+TRD | FD, C2F+TRD |", "| --- | --- | --- | --- | --- |"]
@@ -141,12 +149,14 @@ def figures(rows):
     fig.tight_layout()
     fig.savefig(FOLDER / "fig6.png", dpi=110)
 
-    path, sweep = ROOT / "weights" / "c2f_trd" / "transition.json", [r for r in rows if r["experiment"] == "sweep"]
+    path = ROOT / "weights" / "c2f_trd" / "transition.json"
+    sweep = [r for r in rows if r["experiment"] == "sweep"]
     fig, ax = plt.subplots(figsize=(7, 4))
     found = json.loads(path.read_text())
     ax.plot(*zip(*found["ranks"]), label=f"cut index of x0_hat, 8x8, {found['samples']} samples")
     ax.axvline(found["t_star"], color="grey", ls=":", label=f"t* = {found['t_star']}")
-    ax.set(xlabel="t", ylabel="cut index (99 % of the variance)", title="Fig. 5: rank, and FD against the transition")
+    ax.set(xlabel="t", ylabel="cut index (99 % of the variance)",
+           title="Fig. 5: rank, and FD against the transition")
     other = ax.twinx()
     sweep = sorted((r["t_star"], r["fd"]) for r in sweep)
     if sweep:
@@ -157,8 +167,7 @@ def figures(rows):
     fig.tight_layout()
     fig.savefig(FOLDER / "fig5.png", dpi=110)
 
-    found = {(r["method"], r["solver"], r["nfe"][1]): r["classes"] for r in rows if r["experiment"] == "per class"}
-    base, fast = found.get(("base", "ddim", 100)), found.get(("c2f+trd", "dpm2", 10))
+    base, fast = per_class(rows)
     if base and fast:
         fig, ax = plt.subplots(figsize=(8, 3.6))
         at = range(len(base))

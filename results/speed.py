@@ -107,7 +107,7 @@ def distances(lines):
 
 def naive_trd(eps_model, noise, taus, x_ref, alpha_bar):
     """TRD as one would write it first: every candidate is sampled anew, one after the other."""
-    taus, calls = list(taus), 0
+    taus = list(taus)
     best = float((ddim_sample(eps_model, noise, taus, alpha_bar) - x_ref).square().mean())
     for _ in range(10):
         changed = False

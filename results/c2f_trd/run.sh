@@ -30,9 +30,9 @@ ddim|dpm2)
   ;;
 table1)                       # fine-tunes the shipped base model in four ways, 16 -> 32
   for strategy in label xy 2T 2dms; do
-    torchrun --nproc_per_node=2 c2f_trd.py --train --checkpoint weights/c2f_trd/weights.pt --low 16 \
+    torchrun --nproc_per_node=2 -- c2f_trd.py --train --checkpoint weights/c2f_trd/weights.pt --low 16 \
       --strategy $strategy --finetune-iters 1000 --out runs/table1/$strategy
-    torchrun --nproc_per_node=2 c2f_trd.py --search --evaluate --out runs/table1/$strategy --method c2f \
+    torchrun --nproc_per_node=2 -- c2f_trd.py --search --evaluate --out runs/table1/$strategy --method c2f \
       --solver ddim --steps 20 --spacing exclusive --pca 512 --experiment table1
   done
   python c2f_trd.py --evaluate --checkpoint weights/c2f_trd/weights.pt --method base \

@@ -103,7 +103,7 @@ PRESETS = {
     "decay":            (0.3,       0.3,          0.0,            0.0),         # last share: lr falls
     "ema":              (0.9,       0.999,        0.9999,         0.9999),      # decay
     "iters":            (20,        5000,         800_000,        4_400_000),   # steps of the base model
-    "finetune_iters":   (20,        2000,         100_000,        375_000),     # steps of Sec. III-A2
+    "finetune_iters":   (20,        1500,         100_000,        375_000),     # steps of Sec. III-A2
 }
 PRESET_NAMES = ("tiny", "small", "paper", "paper-lsun")
 
@@ -772,11 +772,14 @@ def train(args, device, rank, world):
         loss_sum, count, begun = torch.zeros((), device=device), 0, time.time()
         fall = max(1, args.decay * (end - begin))
 
-        def save():
-            mean = float(loss_sum) / max(count, 1)
-            if not math.isfinite(mean):
+        def mean_loss():
+            if not math.isfinite(loss_sum):
                 raise ValueError(f"the loss is not finite: stopped at step {step}; the last good "
                                  f"checkpoint is {run / 'checkpoint.pt'}; try a lower --lr")
+            return float(loss_sum) / max(count, 1)
+
+        def save():
+            mean = mean_loss()
             if rank == 0:
                 common = dict(phase=phase, step=step, channels=channels, args=config,
                               images_seen=step * args.batch)
@@ -795,11 +798,8 @@ def train(args, device, rank, world):
                 with open(run / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
 
-        def note():
-            return f"loss {float(loss_sum) / max(count, 1):.4f}"
-
         todo = range(step + 1, end + 1)
-        for step in progress(todo, f"train {phase}", args.batch, note=note):
+        for step in progress(todo, f"train {phase}", args.batch, note=lambda: f"loss {mean_loss():.4f}"):
             torch.manual_seed(args.seed * 10_000_019 + step)
             high = phase == "base" or (strategy != "2dms" and step % 2 == 0)   # alternating (D5)
             i, t = torch.randint(0, len(x), (args.batch,)), torch.randint(0, T, (args.batch,))
@@ -821,10 +821,13 @@ def train(args, device, rank, world):
             decay = min(args.ema, (step - begin) / (9 + step - begin))
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+            if count and step % args.save_every == 1:                  # a new window
+                loss_sum, count, begun = torch.zeros((), device=device), 0, time.time()
             loss_sum, count = loss_sum + loss.detach(), count + 1
+            if step % 50 == 0:
+                mean_loss()                                            # stops at a NaN
             if step % args.save_every == 0 or step == end:
                 save()
-                loss_sum, count, begun = torch.zeros((), device=device), 0, time.time()
         base = ema.state_dict() if phase == "base" else base
     return run / "checkpoint.pt"
 
@@ -887,7 +890,7 @@ def evaluate(args, models, device, rank, world):
     jobs = [(get_plan(args, *job), {}) for job in itertools.product(args.method, args.solver, args.steps)]
     if args.sweep_transition:                                          # Fig. 5(a): FD against t*
         jobs = []
-        for solver, steps, t in itertools.product(args.solver, args.steps, range(91, T, 101)):
+        for solver, steps, t in itertools.product(args.solver, args.steps, range(91, T, 151)):
             plan = make_plan("c2f", solver, steps, steps, T - 1)
             plan["high_taus"] = [s for s in plan["high_taus"] if s <= t]
             jobs.append((plan, dict(t_star=plan["high_taus"][0])))

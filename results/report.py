@@ -123,6 +123,17 @@ def table_class(rows):
     return out
 
 
+def table_extractor():
+    out = ["| extractor | held-out images | captions | top-1 | top-5 | FD: undamaged | blur 1, 2, 3 px | "
+           "noise 8, 16, 24 / 255 | 10, 20, 30 % of the classes missing |", "| " + "--- | " * 9]
+    for path in sorted((ROOT / "results" / "extractor").glob("*.json")):
+        r = json.loads(path.read_text())
+        damage = [", ".join(f"{v:.2f}" for v in r["fd"][k]) for k in ("blur", "noise", "missing classes")]
+        out.append(f"| small-{r['data']} | {r['held_out']} | {r['captions']} | {100 * r['top1']:.1f} % | "
+                   f"{100 * r['top5']:.1f} % | {r['fd']['none']:.3f} | {' | '.join(damage)} |")
+    return out
+
+
 def figures(rows):
     import matplotlib
     matplotlib.use("Agg")
@@ -183,7 +194,7 @@ def figures(rows):
 def main():
     rows = load()
     tables = dict(fig6=table_fig6(rows), spacing=table_spacing(rows), search=table_search(rows),
-                  table1=table_1(rows), classes=table_class(rows))
+                  table1=table_1(rows), classes=table_class(rows), extractor=table_extractor())
     (FOLDER / "tables.md").write_text("\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in tables.items()) + "\n")
     readme = (ROOT / "README.md").read_text()
     for name, lines in tables.items():

@@ -10,7 +10,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import c2f_trd as c
 from common import count_macs, linear_alpha_bar
@@ -272,6 +271,53 @@ def test_network_treats_samples_alone():
     assert torch.allclose(together, alone, atol=1e-5)
 
 
+@torch.no_grad()
+def test_network_is_diffusers_ddpm():
+    """The same weights in UNet2DModel (as in google/ddpm-cifar10-32) give the same eps_hat."""
+    diffusers = pytest.importorskip("diffusers")
+    config = dict(preset("tiny"), mult=[1, 2, 2], blocks=2, attention=[1], patch=1)
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(
+        in_channels=3, out_channels=3, block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=2,
+        norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")).eval()
+    for p in theirs.parameters():                                             # norms are not the identity
+        p.add_(0.1 * torch.randn_like(p))
+    net = awake_net(config, 3)
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+    def layers(block, sampler):                                               # in the order of execution
+        attentions = [*getattr(block, "attentions", [])] + 9 * [None]
+        pairs = [layer for pair in zip(block.resnets, attentions) for layer in pair if layer]
+        return pairs + list(getattr(block, sampler, None) or [])
+
+    down = [layer for block in theirs.down_blocks for layer in layers(block, "downsamplers")]
+    up = [layer for block in theirs.up_blocks for layer in layers(block, "upsamplers")]
+    mid = [theirs.mid_block.resnets[0], theirs.mid_block.attentions[0], theirs.mid_block.resnets[1]]
+    pairs = [(net.emb[0], [theirs.time_embedding.linear_1]), (net.emb[2], [theirs.time_embedding.linear_2]),
+             (net.conv_in, [theirs.conv_in]), (net.norm_out, [theirs.conv_norm_out]),
+             (net.conv_out, [theirs.conv_out])]
+    for a, b in zip([*net.down, *net.mid, *net.up], [*down, *mid, *up], strict=True):
+        if isinstance(a, c.Attention):
+            pairs += [(a.norm, [b.group_norm]), (a.qkv, [b.to_q, b.to_k, b.to_v]), (a.out, [b.to_out[0]])]
+        elif isinstance(a, c.ResBlock):
+            pairs += [(a.norm1, [b.norm1]), (a.conv1, [b.conv1]), (a.emb, [b.time_emb_proj]),
+                      (a.norm2, [b.norm2]), (a.conv2, [b.conv2])]
+            pairs += [(a.skip, [b.conv_shortcut])] if b.conv_shortcut is not None else []
+        else:
+            pairs.append((a.conv, [b.conv]))
+    for a, parts in pairs:
+        a.weight.copy_(torch.cat([b.weight for b in parts]).view_as(a.weight))
+        a.bias.copy_(torch.cat([b.bias for b in parts]))
+
+    t = torch.tensor([0, 565, 999])
+    for res in (8, 16):
+        xt = randn(3, 3, res, res, dtype=torch.float32)
+        expected = theirs(xt, t).sample
+        assert float((net(xt, t) - expected).norm() / expected.norm()) < 1e-5
+
+
 @pytest.mark.parametrize("dim", [8, 128])
 def test_timestep_embedding(dim):
     """DDPM's: sines, then cosines, frequencies 10000^(-k / (half - 1))."""
@@ -285,9 +331,9 @@ def test_timestep_embedding(dim):
 # Samplers
 # ---------------------------------------------------------------------------------------------
 def random_steps(K, seed, to_zero, gap=1):
-    """K random steps, at least `gap` apart, the last one 0 or above."""
-    steps = np.random.default_rng(seed).choice(np.arange(1, 1000 // gap), K, replace=False) * gap
-    steps = sorted(steps.tolist(), reverse=True)
+    """K random steps, at least `gap` apart."""
+    rng = np.random.default_rng(seed)
+    steps = sorted((gap * rng.choice(np.arange(1, 1000 // gap), K, False) + rng.integers(gap)).tolist())[::-1]
     return steps[:-1] + [0] if to_zero else steps
 
 
@@ -309,7 +355,7 @@ def test_samplers_against_diffusers(K, order):
     """In float32, as diffusers is; a gap of 1 after a wide one would multiply the rounding of both."""
     diffusers = pytest.importorskip("diffusers")
     for seed in range(4):
-        taus = random_steps(K, 10 * K + seed, seed % 2, gap=7)
+        taus = random_steps(K, 10 * K + seed, seed % 2, gap=25)
         xt = x = randn(2, 1, 8, 8, seed=seed, dtype=torch.float32)
         scheduler = diffusers.DPMSolverMultistepScheduler(
             num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
@@ -781,8 +827,8 @@ def test_transition_ranks_in_closed_form():
     assert [t for t, _ in ranks] == c.uniform_steps(999, 100)
     for t, rank in ranks:
         values = ABAR[t] * SPECTRUM ** 4 / (ABAR[t] * SPECTRUM ** 2 + 1 - ABAR[t])
-        values = values.sort(descending=True).values.cumsum(0) / values.sum()
-        assert abs(rank - int((values < 0.99).sum()) - 1) <= 2, t
+        held = values.sort(descending=True).values.cumsum(0) / values.sum()
+        assert held[rank - 1] > 0.985 and held[rank - 2] < 0.994, t           # 0.99, but for sampling
     assert t_star == 999                                                      # no dip without an error
 
 
@@ -937,7 +983,7 @@ def test_a_plan_that_is_missing(tmp_path):
 
 
 def test_stages_of_a_checkpoint_before_finetuning():
-    with pytest.raises(ValueError, match="fine-tuning"):
+    with pytest.raises(ValueError, match="--train --resume"):
         c.stages_of(GOOD, {"base": None}, None, None)
 
 

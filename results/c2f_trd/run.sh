@@ -1,8 +1,8 @@
 #!/bin/sh
-# Everything in results/c2f_trd from the shipped weights: about 2.5 hours on two CPU cores.
-#   sh results/c2f_trd/run.sh ddim & sh results/c2f_trd/run.sh dpm2 &    # one core each
-#   sh results/c2f_trd/run.sh table1                                    # then this, both cores
-#   python results/report.py                                            # tables and figures
+# Everything in results/c2f_trd from the shipped weights, in parts of about an hour on one CPU core each:
+#   sh results/c2f_trd/run.sh ddim & sh results/c2f_trd/run.sh dpm2 & wait
+#   sh results/c2f_trd/run.sh table1; sh results/c2f_trd/run.sh extra
+#   python results/rows.py; python results/report.py                   # pictures, tables, figures
 set -e
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
@@ -11,31 +11,33 @@ all="--method base trd c2f c2f+trd"
 case $1 in
 ddim|dpm2)
   $run --search --method trd c2f+trd --solver "$1" --steps 5 10
-  $run --search --method trd c2f+trd --solver "$1" --steps 20 --two-phase --sweeps 5
+  $run --search --method trd c2f+trd --solver "$1" --steps 20 --two-phase --sweeps 4
   $run --search --method trd c2f+trd --solver "$1" --steps 40 --two-phase --sweeps 1
   $run --evaluate --compile $all --solver "$1" --steps 5 10 20 --seeds 3 --experiment fig6 --per-class
   [ "$1" = dpm2 ] || $run --evaluate --compile --method base --solver ddim --steps 100 --seeds 3 \
     --experiment fig6 --per-class
   $run --evaluate --compile $all --solver "$1" --steps 40 --experiment fig6
-  $run --evaluate --compile --method base --solver "$1" --steps 6 11 21 --experiment fig6
+  $run --evaluate --compile --method base --solver "$1" --steps 6 11 --experiment fig6
   for spacing in exclusive trailing; do
-    $run --evaluate --compile --method base c2f --solver "$1" --steps 5 10 20 --spacing $spacing \
+    $run --evaluate --compile --method base c2f --solver "$1" --steps 5 10 --spacing $spacing \
       --experiment spacing
   done
-  [ "$1" = ddim ] || $run --evaluate --sweep-transition --solver ddim --steps 20 --experiment sweep
-  # what a larger calibration set, the other end rule and the joint search buy, at 10 steps
-  $run --search --method trd --solver "$1" --steps 10 --calibration 64 --plans runs/plans64
-  $run --search --method trd --solver "$1" --steps 10 --ends bounded --plans runs/bounded
-  $run --search --method c2f+trd --solver "$1" --steps 5 10 --two-phase --plans runs/two-phase
+  [ "$1" = dpm2 ] || $run --evaluate --sweep-transition --solver ddim --steps 20 --experiment sweep
   ;;
 table1)                       # fine-tunes the shipped base model in four ways, 16 -> 32
   for strategy in label xy 2T 2dms; do
-    torchrun --nproc_per_node=2 -- c2f_trd.py --train --checkpoint weights/c2f_trd/weights.pt --low 16 \
-      --strategy $strategy --finetune-iters 1000 --out runs/table1/$strategy
-    torchrun --nproc_per_node=2 -- c2f_trd.py --search --evaluate --out runs/table1/$strategy --method c2f \
-      --solver ddim --steps 20 --spacing exclusive --pca 512 --experiment table1
+    python c2f_trd.py --train --checkpoint weights/c2f_trd/weights.pt --low 16 --strategy $strategy \
+      --finetune-iters 600 --out runs/table1/$strategy
+    python c2f_trd.py --search --evaluate --out runs/table1/$strategy --method c2f --solver ddim \
+      --steps 20 --spacing exclusive --pca 512 --experiment table1
   done
-  python c2f_trd.py --evaluate --checkpoint weights/c2f_trd/weights.pt --method base \
-    --solver ddim --steps 20 --spacing exclusive --experiment table1
+  $run --evaluate --method base --solver ddim --steps 20 --spacing exclusive --experiment table1
+  ;;
+extra)                        # what more calibration samples, the other end rule and two phases buy
+  for solver in ddim dpm2; do
+    $run --search --method c2f+trd --solver $solver --steps 5 10 --two-phase --plans runs/two-phase
+    $run --search --method trd --solver $solver --steps 10 --calibration 64 --plans runs/calibration64
+    $run --search --method trd --solver $solver --steps 10 --ends bounded --plans runs/bounded
+  done
   ;;
 esac

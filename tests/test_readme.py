@@ -1,0 +1,110 @@
+"""The commands of README.md and of the docstrings: each parses, the files they name are there, and those
+of the blocks marked `<!-- run -->` are really run, in a copy of the repository."""
+import ast
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed.run
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not README.exists(), reason="no README.md")
+
+
+def split(text):
+    """The commands of a block of shell lines, each a list of words."""
+    for line in text.replace("\\\n", " ").splitlines():
+        line = line.strip().removeprefix("$ ")
+        words = [[]]
+        for word in shlex.split(line, comments=True):
+            words[-1].append(word) if word not in ("&&", ";") else words.append([])
+        for command in words:
+            while command and re.match(r"\w+=", command[0]):                   # OMP_NUM_THREADS=1 ...
+                command = command[1:]
+            if command:
+                yield command
+
+
+def commands():
+    """(where, command) for README's blocks and code in its text, and for the docstrings of the scripts."""
+    if not README.exists():
+        return
+    text = README.read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    inline = re.findall(r"(?<!`)`((?:\w+=\S+ )*(?:python|torchrun|sh) [^`\n]+)`", text)
+    for code in blocks + inline:
+        for command in split(code):
+            yield "README.md", command
+    for script in sorted(ROOT.glob("*.py")):
+        doc = ast.get_docstring(ast.parse(script.read_text())) or ""
+        for line in re.findall(r"^ +((?:python|torchrun) .*)$", doc, re.M):
+            for command in split(line):
+                yield script.name, command
+
+
+def is_placeholder(word):
+    return re.fullmatch(r"[A-Z_]+", word) is not None
+
+
+@pytest.mark.parametrize("where, command", list(commands()), ids=lambda v: " ".join(v) if isinstance(v, list) else v)
+def test_command(where, command):
+    program, *words = command
+    if program == "torchrun":                                        # as torchrun itself would read it
+        parsed = torch.distributed.run.parse_args(words)
+        program, words = "python", [parsed.training_script, *parsed.training_script_args]
+    if program == "sh":
+        assert (ROOT / words[0]).is_file()
+    elif program == "pip":
+        for name in words[words.index("-r") + 1:][:1] if "-r" in words else []:
+            assert (ROOT / name).is_file()
+    elif program == "python" and words[0] == "-m":
+        assert words[1] in ("pytest", "pip", "venv")
+    elif program == "python":
+        script = ROOT / words[0]
+        assert script.is_file()
+        if script.parent == ROOT:
+            args = importlib.import_module(script.stem).get_args(words[1:])    # SystemExit: does not parse
+            for name in ("checkpoint", "plan", "inception", "data"):
+                value = getattr(args, name, None) or ""
+                if "/" in value and not value.startswith(("runs/", "/")) and not is_placeholder(value):
+                    assert (ROOT / value).exists(), value
+    else:
+        assert program in ("git", "cd", "mkdir", "curl", "apt", "grep"), f"what is {program}?"
+
+
+def test_there_are_commands():
+    found = [" ".join(command) for where, command in commands() if where == "README.md"]
+    for action in ("--sample", "--train", "--search", "--evaluate", "--ledger", "-m pytest"):
+        assert any(action in command for command in found), action
+
+
+def test_links():
+    """Files that README.md links to or shows are there."""
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", README.read_text())
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_one_minute(tmp_path):
+    blocks = re.findall(r"<!-- run -->\s*^```sh\n(.*?)^```", README.read_text(), re.M | re.S)
+    assert blocks
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    shutil.copytree(ROOT / "weights", tmp_path / "weights")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "README.md").symlink_to(README)
+    for program, *words in (command for block in blocks for command in split(block)):
+        if program in ("pip", "git", "cd") or words[:1] == ["-m"]:             # has been done, or is being done
+            continue
+        assert program == "python", program
+        result = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True,
+                                timeout=300)
+        assert result.returncode == 0, result.stderr
+        images = re.findall(r"\S+\.png", result.stdout)
+        assert images or "--sample" not in words
+        assert all((tmp_path / image).stat().st_size > 1000 for image in images)

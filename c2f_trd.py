@@ -35,7 +35,8 @@ D5  Fine-tuning goes on with the pre-training's settings; odd steps are low, eve
     stays the high one.
 D6  Bilinear up-sampling between the stages (at t* the noise is 25 times what it loses).
 D7  DPM-Solver++ is 2M (midpoint), first order at the start and to clean data, which ends at
-    alpha_bar = 1; its history starts anew at the resolution switch. dpm3 is order 3.
+    alpha_bar = 1; its history starts anew at the resolution switch. dpm3 is the published 3M, equal to
+    diffusers', which converges at second order only (its D2 is half of what a third order takes).
 D8  --two-phase searches the low steps against 100 low ones, then the high steps: a quarter of the cost.
 D9  Nothing is clipped while sampling or in the loss; images are at the end.
 D10 The reference of both solvers is DDIM: 100 steps; with C2F 100 low ones and those of the same 100
@@ -383,7 +384,7 @@ def c2f_sample(stages, sequences, alpha_bar, order=1, x0=None):
 # ---------------------------------------------------------------------------------------------
 def uniform_steps(first, K, spacing="inclusive"):
     """K descending steps from `first` down. inclusive: linspace to 0, both ends (the paper's, D1);
-    exclusive: linspace to -1 without it (no evaluation is spent at t = 0); leading: first + 1 divided by
+    exclusive: linspace to 0 in K + 1 points, without the 0; leading: first + 1 divided by
     K, from below (DDIM's); trailing: the same from above (diffusers' recommended)."""
     if spacing == "inclusive":
         steps = [first * (K - 1 - k) / max(K - 1, 1) for k in range(K)] if K > 1 else [first]
@@ -525,12 +526,14 @@ def check_plan(plan, name="plan"):
     """The plan itself, or ValueError if its steps are not strictly descending in 0 .. T-1."""
     for key in ("low_taus", "high_taus"):
         taus = plan.get(key)
-        if not isinstance(taus, list) or any(not isinstance(t, int) or not 0 <= t < T for t in taus):
+        if not isinstance(taus, list) or any(type(t) is not int or not 0 <= t < T for t in taus):
             raise ValueError(f"{name}: {key} must be a list of integers in 0 .. {T - 1}")
         if any(a <= b for a, b in zip(taus, taus[1:])):
             raise ValueError(f"{name}: {key} must fall strictly: {taus}")
-    if not plan["high_taus"] or plan.get("solver") not in SOLVERS or plan.get("method") not in METHODS:
+    if not plan["high_taus"] or plan.get("solver") not in list(SOLVERS) or plan.get("method") not in METHODS:
         raise ValueError(f"{name}: needs high_taus, a solver of {list(SOLVERS)}, a method of {METHODS}")
+    if bool(plan["low_taus"]) != ("c2f" in plan["method"]):
+        raise ValueError(f"{name}: low_taus belong to the c2f methods, and to these only")
     return plan
 
 
@@ -636,9 +639,9 @@ def search(args, models, device):
         t_star, ranks = transition_step(models["low"], z_low, grid, alpha_bar)
         print(f"transition step t* = {t_star}: rank {min(r for _, r in ranks)} of {z_low[0].numel()}, "
               f"{args.pca} samples, {time.time() - begun:.0f} s")
-        if args.transition is None:
-            save_json(args.plans / "transition.json", dict(t_star=t_star, samples=args.pca, ranks=ranks))
-        t_star = transition_of(args)
+        found = dict(t_star=args.transition or t_star, pca=t_star, samples=args.pca, ranks=ranks)
+        save_json(args.plans / "transition.json", found)
+        t_star = found["t_star"]
     for method, solver, steps in itertools.product(args.method, args.solver, args.steps):
         if "trd" not in method:
             continue

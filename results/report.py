@@ -165,7 +165,8 @@ def figures(rows):
     fig, ax = plt.subplots(figsize=(7, 4))
     found = json.loads(path.read_text())
     ax.plot(*zip(*found["ranks"]), label=f"cut index of x0_hat, 8x8, {found['samples']} samples")
-    ax.axvline(found["t_star"], color="grey", ls=":", label=f"t* = {found['t_star']}")
+    ax.axvline(found["pca"], color="C0", ls=":", label=f"t* by the lowest rank: {found['pca']}")
+    ax.axvline(found["t_star"], color="C1", ls=":", label=f"t* by FD, used here: {found['t_star']}")
     ax.set(xlabel="t", ylabel="cut index (99 % of the variance)",
            title="Fig. 5: rank, and FD against the transition")
     other = ax.twinx()

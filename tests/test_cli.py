@@ -453,7 +453,7 @@ def test_two_processes(trained, tmp_path, few_images):
     for part in ("base", "net", "ema"):                                        # as with one process
         assert two[part].keys() == one[part].keys()
         for k in one[part]:
-            assert torch.allclose(two[part][k], one[part][k], atol=1e-4, rtol=1e-4), (part, k)
+            assert torch.allclose(two[part][k], one[part][k], atol=3e-4), (part, k)
     result = start("--sample", "--evaluate", "--n", 151, *options, "--checkpoint", run, "--out", tmp_path,
                    "--results", tmp_path / "one.jsonl")
     assert result.code == 0, result.err

@@ -3,13 +3,13 @@
 
 The first steps of a diffusion sampler produce blur: run them at low resolution (C2F). One network does
 both resolutions, told which by a label; t*, the step at which to go from low to high, is where the
-predicted images have their lowest rank. Then choose the few steps worth taking (TRD): substitute one step
-after the other by a neighbour whenever 16 images come closer to those of 100 steps. Minutes, not days.
+predicted images have their lowest rank. Then choose the few steps worth taking (TRD): move one step after
+the other, between its neighbours, whenever 16 images come closer to those of 100 steps. Minutes, not days.
 
 Run (README.md has more):
     python c2f_trd.py --sample                               # 64 images from the shipped weights
     python c2f_trd.py --sample --method base --solver ddim --steps 100      # off switch: plain DDIM
-    python c2f_trd.py --train --search --sample --evaluate   # the whole paper on fashion10k
+    python c2f_trd.py --train --search --sample --evaluate --transition 706  # the whole paper (D3)
     torchrun --nproc_per_node=2 -- c2f_trd.py --train           # two processes (or GPUs)
     python c2f_trd.py --ledger                               # the paper's networks, parameters and MACs
 
@@ -28,12 +28,14 @@ D2  TRD: steps are visited from t_0 to t_T, replaced at once, if the loss falls 
     t_0 only rise: --ends bounded gives them virtual neighbours at 1000 and -1.
 D3  Rank: of 1024 unclipped x0_hat with the averaged weights, on the 100-step grid; the first reached
     of equal minima. The dip comes from the network's error: an exact denoiser's rank only rises,
-    its minimum is the plateau at t = 999 (tests/test_c2f_trd.py shows both).
+    its minimum is the plateau at t = 999 (tests/test_c2f_trd.py shows both); the larger the error, the
+    lower t*. The shipped network, small and briefly trained, gives 151, far below the plateau of FD
+    (results/c2f_trd/fig5.png): its plans use --transition 706, found by --evaluate --sweep-transition.
 D4  The label embedding (and xy's input weights) start at zero: fine-tuning starts at the base model.
 D5  Fine-tuning goes on with the pre-training's settings; odd steps are low, even steps high resolution,
     both counted; low-resolution images are area averages. 2dms: every step is low, the base model
     stays the high one.
-D6  Bilinear up-sampling between the stages (at t* the noise is 25 times what it loses).
+D6  Bilinear up-sampling between the stages (at t = 565 what it loses is 0.15 % of the noise).
 D7  DPM-Solver++ is 2M (midpoint), first order at the start and to clean data, which ends at
     alpha_bar = 1; its history starts anew at the resolution switch. dpm3 is the published 3M, equal to
     diffusers', which converges at second order only (its D2 is half of what a third order takes).
@@ -42,7 +44,8 @@ D9  Nothing is clipped while sampling or in the loss; images are at the end.
 D10 The reference of both solvers is DDIM: 100 steps; with C2F 100 low ones and those of the same 100
     that do not exceed t*.
 D11 Preset small is not the paper's network: 2x2 pixels a token, a decaying learning rate, no flips (shoes
-    point left), Fashion-MNIST's 10,000 test images. Its FD is no FID and compares with itself only.
+    point left), no zero-initialised convolutions, Fashion-MNIST's 10,000 test images. Its FD is no FID
+    and compares with itself only.
 Not here: Diff-Pruning and AutoDiffusion, which the paper compares with.
 """
 import argparse
@@ -351,7 +354,9 @@ def dpm_solver_pp_sample(eps_model, xt, taus, alpha_bar, order=2, start=0, stop=
     start, stop, history: to continue a run that was left before evaluation `start`, or to leave it
     before `stop`. trace(xt, history): called after each evaluation; history holds (t, x0_hat).
     """
-    K = len(taus)
+    K, plain = len(taus), [t for t in taus if isinstance(t, int)]
+    if any(a <= b for a, b in zip(plain, plain[1:])):
+        raise ValueError(f"the steps must fall strictly: {plain}")
     for k in range(start, K if stop is None else stop):
         t = torch.as_tensor(taus[k], device=xt.device).expand(len(xt))
         x0_hat = predict_x0(xt, t, eps_model(xt, t), alpha_bar)
@@ -476,7 +481,7 @@ def trd_search(stages, sequences, x_ref, alpha_bar, order=1, x0=None, n=CANDIDAT
             xt = noise if images[s] is None else renoise(images[s], noise, taus[0], alpha_bar)
             stop = len(taus) - 1 if s == S - 1 else None
             images.append(dpm_solver_pp_sample(eps_model, xt, taus, alpha_bar, order, stop=stop,
-                                               trace=lambda *state, trace=trace: trace.append(state)))
+                                               trace=lambda x, past: trace.append((x, past))))
             states.append(trace)
         changed = False
         for s, i in progress(positions, f"{title} sweep {sweep}", note=lambda: f"loss {best:.3e}"):
@@ -569,17 +574,22 @@ def transition_of(args):
     if args.transition is not None:
         return args.transition
     for folder in (args.plans, args.run):
-        if (folder / "transition.json").is_file():
-            return json.loads((folder / "transition.json").read_text())["t_star"]
+        path = folder / "transition.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if found.get("t_star") not in range(T):
+                raise ValueError(f"{path}: t_star must be an integer in 0 .. {T - 1}")
+            return found["t_star"]
     raise ValueError(f"no {args.plans / 'transition.json'}: run --search, or give --transition T_STAR")
 
 
-def load_models(args, device):
+def load_models(args, device, precision="auto"):
     """eps-models {base, low, high} of a checkpoint's EMA weights, each a callable (xt, t) -> eps_hat
-    that works through large batches in parts of 256; sets args.run, args.config, args.images_seen."""
+    that works through large batches in parts; sets args.run, args.config, args.images_seen."""
     saved = load_checkpoint(args.checkpoint)
     config, channels = saved["args"], saved["channels"]
     args.run, args.config, args.channels = Path(args.checkpoint).parent, config, channels
+    args.data = getattr(args, "data", None) or config["data"]
     args.plans = Path(args.plans or args.run)
     args.images_seen, strategy = saved["images_seen"], config["strategy"]
 
@@ -590,9 +600,10 @@ def load_models(args, device):
         net = torch.compile(net) if args.compile else net
 
         def eps_model(xt, t):
-            with torch.no_grad(), autocast(device, args.precision):
+            part = max(1, 2 ** 18 // xt.shape[-1] ** 2)                    # 256 images of 32x32 at a time
+            with torch.no_grad(), autocast(device, precision):
                 return torch.cat([predict_eps(net, strategy, x.contiguous(memory_format=torch.channels_last),
-                                              s, high).float() for x, s in zip(xt.split(256), t.split(256))])
+                                              s, high).float() for x, s in zip(xt.split(part), t.split(part))])
         return eps_model
 
     if saved["phase"] == "base":                                       # stopped before the fine-tuning
@@ -620,6 +631,8 @@ def noises(args, seeds, device):
 
 def sample(args, models, plan, seeds, device):
     """uint8 images (n, C, R, R), seed by seed, of this process's share of the seeds."""
+    if not len(seeds):
+        raise ValueError("--n is smaller than the number of processes")
     alpha_bar, parts = linear_alpha_bar(T), []
     batches = torch.tensor(list(seeds)).split(250)
     for batch in progress(batches, f"sample {plan['method']} {plan['solver']}", len(batches[0])):
@@ -632,6 +645,7 @@ def search(args, models, device):
     """Transition step (III-A3), then TRD (III-B, III-C) for every --method, --solver and --steps that
     asks for it; writes transition.json and plan_*.json, and a line of results per plan."""
     alpha_bar, grid = linear_alpha_bar(T), uniform_steps(T - 1, REFERENCE_STEPS)
+    torch.backends.cudnn.allow_tf32 = False        # ranks and small differences of losses need float32
     if any("c2f" in m for m in args.method):
         if "low" not in models:
             raise ValueError("this checkpoint ends before the fine-tuning: --train --resume")
@@ -639,7 +653,8 @@ def search(args, models, device):
         t_star, ranks = transition_step(models["low"], z_low, grid, alpha_bar)
         print(f"transition step t* = {t_star}: rank {min(r for _, r in ranks)} of {z_low[0].numel()}, "
               f"{args.pca} samples, {time.time() - begun:.0f} s")
-        found = dict(t_star=args.transition or t_star, pca=t_star, samples=args.pca, ranks=ranks)
+        found = dict(t_star=t_star if args.transition is None else args.transition, pca=t_star,
+                     samples=args.pca, ranks=ranks)
         save_json(args.plans / "transition.json", found)
         t_star = found["t_star"]
     for method, solver, steps in itertools.product(args.method, args.solver, args.steps):
@@ -683,7 +698,9 @@ def search(args, models, device):
               f"{report['evaluations']} evaluations a sample, {report['calls']} calls; loss "
               f"{report['loss'][0]:.3e} -> {report['loss'][-1]:.3e}, held out "
               + ", ".join(f"{k} {v:.3e}" for k, v in loss.items()))
-        print(f"paste into diffusers: scheduler.set_timesteps(timesteps={found['high_taus']})")
+        print(f"paste into diffusers{' (high resolution)' if coarse else ''}: scheduler = DPMSolverMultistepScheduler("
+              f"solver_order={order}, final_sigmas_type='zero'); "
+              f"scheduler.set_timesteps(timesteps={found['high_taus']})")
         append_result(args, device, found, args.experiment or "search", seed=CALIBRATION_SEED,
                       loss=report["loss"], held_out=loss, evaluations=report["evaluations"],
                       calls=report["calls"], seconds=report["seconds"], calibration=args.calibration)
@@ -726,10 +743,12 @@ def train(args, device, rank, world):
 
     Every random draw of step k comes from a seed made of --seed and k: a resumed run needs no generator
     state and equals an uninterrupted one. Every process draws the global batch and keeps its share:
-    the weights do not depend on the number of processes (up to rounding)."""
+    the weights do not depend on the number of processes (up to rounding and dropout)."""
     saved = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     if args.resume:                                                    # its arguments, its folder
         run = Path(args.checkpoint).parent
+        if "optimizer" not in saved:
+            raise ValueError(f"--resume: {args.checkpoint} has weights only; fine-tune without --resume")
         args = argparse.Namespace(**{**vars(args), **saved["args"]})
     else:
         name = [time.strftime("%Y%m%d-%H%M%S")]
@@ -738,9 +757,12 @@ def train(args, device, rank, world):
         run = Path(args.out) / name[0]
         for key in ("iters", *ARCHITECTURE) if saved else ():          # the checkpoint decides
             setattr(args, key, saved["args"][key])
+    args.data = args.data or "fashion10k"
     x, _, _ = load_images(args.data, args.res)
     channels, R, strategy = x.shape[1], x.shape[-1], args.strategy
     args.res = R
+    if saved.get("channels", channels) != channels:
+        raise ValueError(f"--data {args.data} has {channels} channels, the checkpoint {saved['channels']}")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
     if R % args.low or args.low >= R:
@@ -751,7 +773,7 @@ def train(args, device, rank, world):
         save_json(run / "args.json", config)                           # an unwritable folder fails here
     base = saved.get("base")
     if saved and not args.resume and base is None:                     # left in its first phase
-        base = saved["ema"]
+        base, args.iters, config["iters"] = saved["ema"], saved["step"], saved["step"]
     torch.manual_seed(args.seed)
     phases = ("base", "finetune") if base is None else ("finetune",)
     for phase in phases:
@@ -775,22 +797,28 @@ def train(args, device, rank, world):
         loss_sum, count, begun = torch.zeros((), device=device), 0, time.time()
         fall = max(1, args.decay * (end - begin))
 
+        def fail(what):
+            good = run / "checkpoint.pt"
+            raise ValueError(f"the {what} not finite: stopped at step {step}; "
+                             + (f"the last good checkpoint is {good}; " if good.exists() else "") + "try a lower --lr")
+
         def mean_loss():
             if not math.isfinite(loss_sum):
-                raise ValueError(f"the loss is not finite: stopped at step {step}; the last good "
-                                 f"checkpoint is {run / 'checkpoint.pt'}; try a lower --lr")
+                fail("loss is")
             return float(loss_sum) / max(count, 1)
 
         def save():
             mean = mean_loss()
+            if not all(w.isfinite().all() for w in net.parameters()):
+                fail("weights are")
             if rank == 0:
                 common = dict(phase=phase, step=step, channels=channels, args=config,
                               images_seen=step * args.batch)
-                save_checkpoint(run / "checkpoint.pt", **common, base=base, ema=ema.state_dict(),
-                                net=net.state_dict(), optimizer=optimizer.state_dict())
                 if phase == "finetune" and step == end:                # what is shipped: 4 MB
                     half = [{k: v.half() for k, v in d.items()} for d in (base, ema.state_dict())]
                     save_checkpoint(run / "weights.pt", **common, base=half[0], ema=half[1])
+                save_checkpoint(run / "checkpoint.pt", **common, base=base, ema=ema.state_dict(),
+                                net=net.state_dict(), optimizer=optimizer.state_dict())
                 z = noise_for(range(32), (channels, R, R)).to(device)
                 with torch.no_grad(), autocast(device, args.precision):
                     x = dpm_solver_pp_sample(lambda xt, t: predict_eps(ema, kind, xt, t, True).float(), z,
@@ -824,7 +852,7 @@ def train(args, device, rank, world):
             decay = min(args.ema, (step - begin) / (9 + step - begin))
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-            if count and step % args.save_every == 1:                  # a new window
+            if count and (step - 1) % args.save_every == 0:            # a new window
                 loss_sum, count, begun = torch.zeros((), device=device), 0, time.time()
             loss_sum, count = loss_sum + loss.detach(), count + 1
             if step % 50 == 0:
@@ -888,11 +916,17 @@ def evaluate(args, models, device, rank, world):
     extractor, name = load_extractor(args.data, device, args.inception)
     if args.n <= extractor.width:
         raise ValueError(f"--n {args.n} is too small for FD with {extractor.width} features")
+    if x.shape[1:] != (args.channels, args.config["res"], args.config["res"]):
+        raise ValueError(f"--data {args.data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
+                         f"'{args.config['data']}'")
     features, _ = extract(extractor, x)
     reference = feature_stats(features)
-    jobs = [(get_plan(args, *job), {}) for job in itertools.product(args.method, args.solver, args.steps)]
-    if args.sweep_transition:                                          # Fig. 5(a): FD against t*
-        jobs = []
+    if args.per_class and name == "inception":
+        raise ValueError("--per-class needs the small extractor, which knows the classes: leave --inception out")
+    jobs = []
+    if not args.sweep_transition:
+        jobs = [(get_plan(args, *job), {}) for job in itertools.product(args.method, args.solver, args.steps)]
+    else:                                                              # Fig. 5(a): FD against t*
         for solver, steps, t in itertools.product(args.solver, args.steps, range(91, T, 151)):
             plan = make_plan("c2f", solver, steps, steps, T - 1)
             plan["high_taus"] = [s for s in plan["high_taus"] if s <= t]
@@ -909,7 +943,8 @@ def evaluate(args, models, device, rank, world):
                 dist.all_gather_object(parts, part)
             if rank > 0:
                 continue
-            mine, second = (torch.cat(p) for p in zip(*parts))
+            order = torch.cat([torch.arange(args.n)[r::world] for r in range(world)]).argsort()
+            mine, second = (torch.cat(p)[order] for p in zip(*parts))
             logits = second if name == "inception" else class_logits(extractor, second, captions)
             pooled.append((mine, logits.argmax(1)))
             fd, (score, _) = frechet_distance(feature_stats(mine), reference), inception_score(logits)
@@ -922,10 +957,11 @@ def evaluate(args, models, device, rank, world):
             mine, chosen = (torch.cat(p) for p in zip(*pooled))
             classes = []
             for c, caption in enumerate(captions):
-                enough = int((chosen == c).sum()) > extractor.width
+                enough = min((chosen == c).sum(), (y == c).sum()) > extractor.width
                 classes.append(dict(caption=caption, n=int((chosen == c).sum()), fd=frechet_distance(
                     feature_stats(mine[chosen == c]), feature_stats(features[y == c])) if enough else None))
-            append_result(args, device, plan, "per class", n=len(mine), extractor=name, classes=classes)
+            append_result(args, device, plan, "per class", seed=args.seed, n=len(mine), extractor=name,
+                          fd=frechet_distance(feature_stats(mine), reference), classes=classes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -950,6 +986,10 @@ def ledger(path):
         row("Sec. IV", f"{data}: parameters", published[0], sum(p.numel() for p in base.parameters()),
             "printed by Diff-Pruning" if preset == "paper" else "printed by others, rounded")
         row("Sec. IV", f"{data}: parameters with labels", None, sum(p.numel() for p in tuned.parameters()))
+        for strategy in ("xy", "2T", "2dms"):
+            with torch.device("meta"):
+                size = sum(p.numel() for p in build_net(config, 3, strategy).parameters())
+            row("Table I", f"{data}: parameters, {strategy}", None, size * (1 + (strategy == "2dms")))
         full, _ = plan_macs(config, 3, make_plan("base", "ddim", 0, REFERENCE_STEPS))
         row("Sec. IV", f"{data}: MACs, {config['res']}x{config['res']}", published[1], full // 100,
             "their counter adds bias and norm and leaves out the attention products: 6.07 G"
@@ -985,7 +1025,7 @@ def get_args(argv=None):
                        ("ledger", "the paper's efficiency cells beside ours")):
         do.add_argument(f"--{name}", action="store_true", help=text)
     run = p.add_argument_group("run")
-    run.add_argument("--data", default="fashion10k", help="fashion10k, fashion, cifar10, emoji, or a folder")
+    run.add_argument("--data", help="fashion10k (default: the checkpoint's), fashion, cifar10, emoji, or a folder")
     run.add_argument("--preset", default="small", choices=PRESET_NAMES)
     run.add_argument("--iters", type=int, help="training steps of the base model")
     run.add_argument("--batch", type=int, help="images per training step, all processes together")
@@ -1022,7 +1062,8 @@ def get_args(argv=None):
     m.add_argument("--two-phase", action="store_true", help="TRD: low steps first, then high (D8)")
     m.add_argument("--plan", help="sample, evaluate: a plan.json instead of a searched one")
     m.add_argument("--plans", help="folder of the plans (default: the checkpoint's)")
-    m.add_argument("--sweep-transition", action="store_true", help="evaluate: FD against t* (Fig. 5a)")
+    m.add_argument("--sweep-transition", action="store_true", help="evaluate: FD against t* (Fig. 5a), "
+                   "--steps 20 or more: the members of that many uniform steps that do not exceed t*")
     args = p.parse_args(argv)
     for key, values in PRESETS.items():
         if getattr(args, key, None) is None:
@@ -1030,6 +1071,10 @@ def get_args(argv=None):
     for key in ("n", "iters", "batch", "seeds", "low", "low_steps", "pca", "calibration", "save_every"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+    if args.finetune_iters < 0:
+        raise ValueError(f"--finetune-iters {args.finetune_iters} is negative")
+    if args.transition is not None and not 0 <= args.transition < T:
+        raise ValueError(f"--transition {args.transition} is not in 0 .. {T - 1}")
     if not any((args.train, args.search, args.sample, args.evaluate, args.ledger)):
         p.error("nothing to do: give --train, --search, --sample, --evaluate or --ledger")
     return args
@@ -1054,11 +1099,13 @@ def main():
         if args.resume:
             find_checkpoint(args)
         args.checkpoint = str(train(args, device, rank, world))
+        if world > 1:
+            dist.barrier()                                             # until it is written
     if args.search or args.sample or args.evaluate:
         find_checkpoint(args)
-        models = load_models(args, device)
+        models = load_models(args, device, args.precision)
     if args.search and rank == 0:
-        search(args, models, device)
+        search(args, load_models(args, device, "fp32"), device)
     if world > 1:
         dist.barrier()
     if args.sample:

@@ -18,6 +18,7 @@ import sys
 import tarfile
 import time
 from collections import OrderedDict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = {
+    "emoji.png": "f7f08942c45183fa716b2c65a0b308b7685af4c2998f56c8ac13fe8a2c8c88c6",
+    "emoji.txt": "a4f62a72cee23ee7b28e689949fe099edf52ae90365400a95e1fa1b4749d0a30",
     "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
     "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
     "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
@@ -125,8 +128,11 @@ def load_folder(folder, res):
     x, names, damaged = [], [], []
     for p in paths:
         try:
-            image = Image.open(p).convert("RGB")
-        except (OSError, SyntaxError):                           # Pillow raises either for bad files
+            image = Image.open(p)
+            if image.mode.startswith("I;16"):                    # 16-bit grey, which convert would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):   # Pillow's for bad files
             damaged.append(p.name)
             continue
         side = min(image.size)
@@ -193,7 +199,7 @@ def start_device(name="auto"):
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -219,7 +225,7 @@ def progress(items, title, unit=1, every=15.0, note=lambda: ""):
         now = time.time()
         if not quiet and (now - shown > (0.5 if tty else every) or (done == total and now - start > 2)):
             rate, shown = done / (now - start), now
-            left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+            left = str(timedelta(seconds=int((total - done) / rate))).rjust(8, "0")
             line = f"{title} {done}/{total}  {rate * unit:.1f} images/s  {left} left  {note()}"
             end = "\r" if tty and done < total else "\n"
             print(line.ljust(78) if tty else line, end=end, file=sys.stderr, flush=True)
@@ -234,14 +240,20 @@ def write_atomically(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:           # torch.save reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from None
+    except BaseException as error:                     # also Ctrl-C
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):     # torch.save: a full disk is a RuntimeError
+            raise
+        raise OSError(f"cannot write {path}: {' '.join(str(error).split())}") from None
 
 
 def save_json(path, value):
-    """JSON, indented but with short lists of numbers on one line; written atomically."""
-    text = json.dumps(value, indent=1) + "\n"
+    """A dict or list as JSON, one entry a line; written atomically."""
+    named = isinstance(value, dict)
+    rows = [json.dumps(k) + ": " + json.dumps(v) for k, v in value.items()] if named else map(json.dumps, value)
+    first, last = "{}" if named else "[]"
+    text = first + "\n " + ",\n ".join(rows) + "\n" + last + "\n"
     write_atomically(path, lambda part: part.write_text(text))
 
 
@@ -451,7 +463,11 @@ def load_extractor(data, device, inception=None, root=HERE / "weights"):
     if not path.is_file():
         raise ValueError(f"no small extractor for '{data}' ({path.name}): name the Inception weights "
                          "with --inception PATH, or train one with weights/train_extractor.py")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                # torch raises many kinds for a damaged file
+        raise OSError(f"{path} is damaged ({type(error).__name__}): restore it with `git checkout -- weights`"
+                      ) from None
     extractor = Extractor(saved["channels"], saved["words"], saved["patch"])
     extractor.load_state_dict({k: v.float() if v.is_floating_point() else v
                                for k, v in saved["state"].items()})
@@ -493,7 +509,7 @@ def inception_score(logits, splits=10):
     scores = []
     for part in logits.double().log_softmax(1).chunk(splits):
         p = part.exp()
-        scores.append((p * (part - p.mean(0).log())).sum(1).mean().exp())
+        scores.append((p * (part - p.mean(0).clamp(min=1e-300).log())).sum(1).mean().exp())
     scores = torch.stack(scores)
     return float(scores.mean()), float(scores.std(correction=0))
 

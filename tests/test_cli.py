@@ -512,7 +512,7 @@ def test_stopped_before_the_fine_tuning(base_only, tmp_path):
     assert result.code == 0, result.err
     saved, before = load(only(tmp_path, "*/checkpoint.pt")), load(base_only)
     assert saved["phase"] == "finetune" and equal(saved["base"], before["ema"])
-    assert saved["images_seen"] == (10 + 20) * 8
+    assert saved["images_seen"] == (10 + 20) * 8 and saved["args"]["iters"] == 10
 
 
 def test_weights_cannot_be_resumed(trained, tmp_path):

@@ -13,7 +13,9 @@ Run (README.md has more):
     torchrun --nproc_per_node=2 -- c2f_trd.py --train           # two processes (or GPUs)
     python c2f_trd.py --ledger                               # the paper's networks, parameters and MACs
 
-Expect: EXPECT
+Expect (small preset, fashion10k, two CPU cores, torch 2.13): --sample in seconds; --train about an hour (6,500
+    steps, 832,000 images); clear garments after half of it; FD[small-fashion]@2000 of about 1.1 for 100-step
+    DDIM, and as much for C2F+TRD with DPM-Solver++ at 10 low and 5 high steps, 5.6 % of the MACs (README.md).
 
 Symbols: t_T .. t_0 -> taus (descending, all evaluated; the paper's T is our K); T^c, T^f -> low-steps,
 steps; x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 of the coarse stage; C_i, n -> candidate_steps, n;
@@ -1032,7 +1034,7 @@ def get_args(argv=None):
     run.add_argument("--lr", type=float)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--n", type=int, default=None, help="images (sample: 64, evaluate: 2000)")
-    run.add_argument("--steps", type=int, nargs="+", default=[10], help="high-resolution steps T_f")
+    run.add_argument("--steps", type=int, nargs="+", default=[5], help="high-resolution steps T_f")
     run.add_argument("--out", default=f"runs/{SCRIPT}", help="folder of runs and samples")
     run.add_argument("--checkpoint", help="default: the newest run under --out, else the shipped weights; "
                      "with --train: fine-tune its base model anew")

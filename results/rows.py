@@ -18,7 +18,7 @@ from common import save_grid  # noqa: E402
 
 folder, device = ROOT / "weights" / "c2f_trd", torch.device("cuda" if torch.cuda.is_available() else "cpu")
 args = argparse.Namespace(checkpoint=folder / "weights.pt", plans=None, compile=False, precision="auto",
-                          transition=None)
+                          transition=None, data=None)
 models = load_models(args, device)
 t_star, grid = transition_of(args), uniform_steps(T - 1, 100)
 plans = [make_plan("base", "ddim", 0, 100),

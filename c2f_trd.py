@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (HERE, add_noise, class_logits, count_macs, extract, feature_stats,
-                    frechet_distance, has_fast_bf16, inception_score, linear_alpha_bar,
+                    frechet_distance, gather, has_fast_bf16, inception_score, linear_alpha_bar,
                     load_extractor, load_images, noise_for, progress, save_grid, save_json, sha256_of,
                     start_device, to_float, to_uint8, write_atomically)
 
@@ -939,14 +939,9 @@ def evaluate(args, models, device, rank, world):
             seeds, begun = range(seed * args.n, (seed + 1) * args.n), time.time()
             images = sample(args, models, plan, seeds[rank::world], device)
             seconds = time.time() - begun
-            part = extract(extractor, images)
-            parts = [part] * world
-            if world > 1:
-                dist.all_gather_object(parts, part)
+            mine, second = (gather(part, world) for part in extract(extractor, images))
             if rank > 0:
                 continue
-            order = torch.cat([torch.arange(args.n)[r::world] for r in range(world)]).argsort()
-            mine, second = (torch.cat(p)[order] for p in zip(*parts))
             logits = second if name == "inception" else class_logits(extractor, second, captions)
             pooled.append((mine, logits.argmax(1)))
             fd, (score, _) = frechet_distance(feature_stats(mine), reference), inception_score(logits)
@@ -1116,14 +1111,7 @@ def main():
         seeds, columns = range(args.seed, args.seed + n), 8 if len(plans) == 1 else n
         rows = []
         for plan in plans:
-            images = sample(args, models, plan, seeds[rank::world], device)
-            if world > 1:
-                parts = [None] * world
-                dist.all_gather_object(parts, images)
-                images = torch.empty(n, *images.shape[1:], dtype=images.dtype)
-                for r, part in enumerate(parts):
-                    images[r::world] = part
-            rows.append(images)
+            rows.append(gather(sample(args, models, plan, seeds[rank::world], device), world))
         if rank == 0:
             path = Path(args.out) / "samples.png"
             save_grid(path, torch.cat(rows), columns)

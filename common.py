@@ -206,6 +206,15 @@ def start_device(name="auto"):
     return torch.device(name), rank, world
 
 
+def gather(part, world):
+    """All processes' shares (n, ...), on the CPU, put back in order: share r holds items r, r + world, ..."""
+    parts = [part] * world
+    if world > 1:
+        dist.all_gather_object(parts, part)
+    order = torch.cat([torch.arange(sum(map(len, parts)))[r::world] for r in range(world)]).argsort()
+    return torch.cat(parts)[order]
+
+
 def has_fast_bf16(device):
     """Does bfloat16 arithmetic run in hardware? (Emulated on a CPU it is ten times slower.)"""
     if device.type == "cuda":

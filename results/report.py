@@ -93,18 +93,6 @@ def table_search(rows):
     return out
 
 
-def table_1(rows):
-    paper = {"base": 4.46, "2dms": 4.70, "label": 4.91, "xy": 5.48, "2T": 6.03}
-    out = ["| | Original | 2DMs | 1DM-label | 1DM-xy | 1DM-2T |", "| --- | --- | --- | --- | --- | --- |"]
-    cells = {}
-    for r in rows:
-        if r["experiment"] == "table1":
-            cells["base" if r["method"] == "base" else r["strategy"]] = r["fd"]
-    out.append("| FD, ours | " + " | ".join(f"{cells[k]:.3f}" if k in cells else "" for k in paper) + " |")
-    out.append("| FID, paper (CIFAR-10) | " + " | ".join(f"{v:.2f}" for v in paper.values()) + " |")
-    return out
-
-
 def per_class(rows):
     """Classes of 100-step DDIM and of C2F+TRD with 10 steps of 2M, if both were measured."""
     found = {(r["method"], r["solver"], r["nfe"][1]): r["classes"]
@@ -195,7 +183,7 @@ def figures(rows):
 def main():
     rows = load()
     tables = dict(fig6=table_fig6(rows), spacing=table_spacing(rows), search=table_search(rows),
-                  table1=table_1(rows), classes=table_class(rows), extractor=table_extractor())
+                  classes=table_class(rows), extractor=table_extractor())
     (FOLDER / "tables.md").write_text("\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in tables.items()) + "\n")
     readme = (ROOT / "README.md").read_text()
     for name, lines in tables.items():

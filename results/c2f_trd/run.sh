@@ -21,11 +21,4 @@ for spacing in exclusive trailing; do
 done
 $run --search --method trd c2f+trd --solver "$1" --steps 20 --two-phase --sweeps 2 --transition 706
 $run --evaluate --compile $all --solver "$1" --steps 20 --experiment fig6
-[ "$1" = ddim ] && exit
-for strategy in label xy 2T 2dms; do           # Table I: fine-tunes the shipped base model, 16 -> 32
-  python c2f_trd.py --train --checkpoint weights/c2f_trd/weights.pt --low 16 --strategy $strategy \
-    --finetune-iters 300 --out runs/table1/$strategy
-  python c2f_trd.py --search --evaluate --out runs/table1/$strategy --method c2f --solver ddim \
-    --steps 10 --spacing exclusive --pca 512 --transition 706 --experiment table1
-done
-$run --evaluate --method base --solver ddim --steps 10 --spacing exclusive --experiment table1
+$run --evaluate --method base c2f --solver "$1" --steps 40 --experiment fig6

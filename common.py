@@ -503,12 +503,15 @@ def feature_stats(features):
 def frechet_distance(stats_a, stats_b):
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two (mean, covariance) pairs, in float64.
 
-    tr (A B)^(1/2) is the sum of the square roots of the eigenvalues of A^(1/2) B A^(1/2), which is
-    symmetric: two symmetric eigenproblems, no complex numbers, and singular covariances do no harm."""
+    tr (A B)^(1/2) is the sum of the square roots of the eigenvalues of R^T B R, which is symmetric, for any R with
+    R R^T = A: its Cholesky factor, or, if A is singular, its root by eigh. No complex numbers, and singular
+    covariances do no harm."""
     (mu_a, cov_a), (mu_b, cov_b) = stats_a, stats_b
-    values, vectors = torch.linalg.eigh(cov_a.double())
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    inner = torch.linalg.eigvalsh(root_a @ cov_b.double() @ root_a).clamp(min=0).sqrt().sum()
+    root, failed = torch.linalg.cholesky_ex(cov_a.double())
+    if failed:
+        values, vectors = torch.linalg.eigh(cov_a.double())
+        root = vectors * values.clamp(min=0).sqrt()
+    inner = torch.linalg.eigvalsh(root.T @ cov_b.double() @ root).clamp(min=0).sqrt().sum()
     gap = (mu_a - mu_b).double().square().sum()
     return float(gap + cov_a.trace() + cov_b.trace() - 2 * inner)
 

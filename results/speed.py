@@ -1,5 +1,5 @@
 """Speed, measured side by side in one run: our U-Net and diffusers' UNet2DModel of the same widths and
-MACs, same batch, same dtype; FD by eigh against scipy's sqrtm; TRD against its naive form. Needs
+MACs, same batch, same dtype; FD against scipy's sqrtm; TRD against its naive form. Needs
 diffusers (pip install diffusers). Writes results/speed.md.
 
     python results/speed.py
@@ -103,7 +103,7 @@ def distances(lines):
     theirs_ = float((a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace() - 2 * np.trace(root))
     slow = time.perf_counter() - begun
     lines += ["## Frechet distance, 2048 dimensions", "",
-              f"eigh {fast:.1f} s, scipy.linalg.sqrtm {slow:.1f} s: {slow / fast:.1f} times; values "
+              f"ours {fast:.1f} s, scipy.linalg.sqrtm {slow:.1f} s: {slow / fast:.1f} times; values "
               f"{ours:.6f} and {theirs_:.6f}.", ""]
 
 

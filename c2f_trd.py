@@ -592,7 +592,8 @@ def load_models(args, device, precision="auto"):
     config, channels = saved["args"], saved["channels"]
     args.run, args.config, args.channels = Path(args.checkpoint).parent, config, channels
     args.data = getattr(args, "data", None) or config["data"]
-    args.plans = Path(args.plans or args.run)
+    shipped = args.run.resolve() == HERE / "weights" / SCRIPT          # their plans stay as they are
+    args.plans = Path(args.plans or (args.out if shipped else args.run))
     args.images_seen, strategy = saved["images_seen"], config["strategy"]
 
     def eps_model_of(state, strategy, high):
@@ -655,8 +656,9 @@ def search(args, models, device):
         t_star, ranks = transition_step(models["low"], z_low, grid, alpha_bar)
         print(f"transition step t* = {t_star}: rank {min(r for _, r in ranks)} of {z_low[0].numel()}, "
               f"{args.pca} samples, {time.time() - begun:.0f} s")
-        found = dict(t_star=t_star if args.transition is None else args.transition, pca=t_star,
-                     samples=args.pca, ranks=ranks)
+        error = models["low"](z_low, torch.full((args.pca,), T - 1, device=device)) - z_low   # xt is all noise
+        found = dict(t_star=t_star if args.transition is None else args.transition, pca=t_star, samples=args.pca,
+                     eps_error=round(float(error.square().mean().sqrt()), 5), ranks=ranks)
         save_json(args.plans / "transition.json", found)
         t_star = found["t_star"]
     for method, solver, steps in itertools.product(args.method, args.solver, args.steps):
@@ -1058,7 +1060,7 @@ def get_args(argv=None):
     m.add_argument("--ends", default="paper", choices=("paper", "bounded"), help="TRD's end rule (D2)")
     m.add_argument("--two-phase", action="store_true", help="TRD: low steps first, then high (D8)")
     m.add_argument("--plan", help="sample, evaluate: a plan.json instead of a searched one")
-    m.add_argument("--plans", help="folder of the plans (default: the checkpoint's)")
+    m.add_argument("--plans", help="folder of the plans (default: the run's; --out for the shipped weights)")
     m.add_argument("--sweep-transition", action="store_true", help="evaluate: FD against t* (Fig. 5a), "
                    "--steps 20 or more: the members of that many uniform steps that do not exceed t*")
     args = p.parse_args(argv)

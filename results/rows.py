@@ -17,7 +17,7 @@ from c2f_trd import T, load_models, load_plan, make_plan, sample, transition_of,
 from common import save_grid  # noqa: E402
 
 folder, device = ROOT / "weights" / "c2f_trd", torch.device("cuda" if torch.cuda.is_available() else "cpu")
-args = argparse.Namespace(checkpoint=folder / "weights.pt", plans=None, compile=False, precision="auto",
+args = argparse.Namespace(checkpoint=folder / "weights.pt", plans=folder, compile=False, precision="auto",
                           transition=None, data=None)
 models = load_models(args, device)
 t_star, grid = transition_of(args), uniform_steps(T - 1, 100)

@@ -125,8 +125,8 @@ def naive_trd(eps_model, noise, taus, x_ref, alpha_bar):
 
 def search(lines):
     import argparse
-    args = argparse.Namespace(checkpoint=ROOT / "weights" / "c2f_trd" / "weights.pt", plans=None, compile=False,
-                              precision="auto")
+    folder = ROOT / "weights" / "c2f_trd"
+    args = argparse.Namespace(checkpoint=folder / "weights.pt", plans=folder, compile=False, precision="auto")
     model, alpha_bar = load_models(args, DEVICE)["base"], linear_alpha_bar()
     z = noise_for(range(10 ** 9, 10 ** 9 + 16), (1, 32, 32)).to(DEVICE)
     x_ref = ddim_sample(model, z, uniform_steps(999, 100), alpha_bar)

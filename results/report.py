@@ -24,7 +24,7 @@ def load():
             continue
         key = [r[k] for k in ("experiment", "method", "solver", "low", "strategy", "nfe")]
         key += [r.get("seed"), r.get("n"), r.get("t_star"), r["plan"].get("spacing")]
-        key += [r.get("calibration"), r["args"].get("ends"), r["args"].get("two_phase")]
+        key += [r["plan"].get(k) for k in ("calibration", "ends", "two_phase")]
         rows[json.dumps(key)] = r
     return list(rows.values())
 
@@ -57,20 +57,67 @@ def table_fig6(rows):
 
 
 def table_spacing(rows):
-    out = ["| steps | solver | method | inclusive (paper) | exclusive | trailing | TRD from inclusive |",
-           "| --- | --- | --- | --- | --- | --- | --- |"]
+    """Mean FD; trailing has one seed and stands for itself, the others share theirs with Fig. 6."""
+    out = ["| steps | solver | method | inclusive (paper) | exclusive | trailing, 1 seed | TRD (paper) | "
+           "TRD: 64 samples | exclusive, bounded | both |", "| " + "--- | " * 10]
     for solver in ("ddim", "dpm2"):
         for method in ("base", "c2f"):
             for steps in (5, 10, 20):
-                cells = [[r["fd"] for r in pick(rows, "fig6", method, solver, steps) if r["seed"] == 0]]
-                cells += [[r["fd"] for r in pick(rows, "spacing", method, solver, steps, spacing=s)]
-                          for s in ("exclusive", "trailing")]
                 trd = "trd" if method == "base" else "c2f+trd"
-                cells += [[r["fd"] for r in pick(rows, "fig6", trd, solver, steps) if r["seed"] == 0]]
-                if any(cells[1:3]):
-                    best = min(v[0] for v in cells if v)
-                    text = [f"**{v[0]:.3f}**" if v[:1] == [best] else f"{v[0]:.3f}" if v else "" for v in cells]
-                    out.append(f"| {steps} | {SOLVER[solver]} | {NAMES[method]} | {' | '.join(text)} |")
+                option = [pick(rows, "options", trd, solver, steps, spacing=s, calibration=n, ends=e)
+                          for s, n, e in (("inclusive", 64, "paper"), ("exclusive", 16, "bounded"),
+                                          ("exclusive", 64, "bounded"))]
+                cells = [pick(rows, "fig6", method, solver, steps)]
+                cells += [pick(rows, "spacing", method, solver, steps, spacing=s) for s in ("exclusive", "trailing")]
+                cells += [pick(rows, "fig6", trd, solver, steps), *option]
+                means = [mean(r["fd"] for r in c) if c else None for c in cells]
+                best = min((v for i, v in enumerate(means) if v is not None and i != 2), default=None)
+                text = ["" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in means]
+                out.append(f"| {steps} | {SOLVER[solver]} | {NAMES[method]} | {' | '.join(text)} |")
+    return out
+
+
+def table_phases(rows):
+    """Joint search of both sequences, as in the paper, against one after the other (16 samples)."""
+    out = ["| solver | steps | search | evaluations/sample | seconds | loss on 16 | held out | FD |",
+           "| " + "--- | " * 8]
+    for solver in ("ddim", "dpm2"):
+        for steps in (5, 10):
+            for two, experiment in ((False, "fig6"), (True, "options")):
+                key = dict(spacing="inclusive", ends="paper", calibration=16, two_phase=two)
+                found = pick(rows, "search", "c2f+trd", solver, steps, **key)
+                fds = [r["fd"] for r in pick(rows, experiment, "c2f+trd", solver, steps, **key)]
+                if found and fds:
+                    r = found[0]
+                    out.append(f"| {SOLVER[solver]} | {steps} | {'two-phase' if two else 'joint'} | "
+                               f"{' + '.join(map(str, r['evaluations']))} | {r['seconds']:.0f} | {r['loss'][-1]:.2e} | "
+                               f"{r['held_out']['trd']:.2e} | {pm(fds)} |")
+    return out
+
+
+def table_1(rows):
+    """Table I: FD of the fine-tuning strategies, 16 -> 32, beside the base model with the same solver and steps."""
+    out = ["| strategy | networks | 10 + 10 steps | 10 + 20 steps |", "| --- | --- | --- | --- |"]
+    cells = [pm([r["fd"] for r in pick(rows, "fig6", "base", "dpm2", k)]) for k in (10, 20)]
+    out.append(f"| none: base, high resolution only | 1 | {' | '.join(cells)} |")
+    for strategy in ("2dms", "label", "xy", "2T"):
+        found = [[r["fd"] for r in pick(rows, "table1", "c2f", "dpm2", k) if r["strategy"] == strategy]
+                 for k in (10, 20)]
+        if any(found):
+            out.append(f"| {strategy} | {2 if strategy == '2dms' else 1} | "
+                       f"{' | '.join(pm(v) if v else '' for v in found)} |")
+    return out
+
+
+def table_low(rows):
+    """Low resolution 8 against 16, DPM-Solver++ 2M."""
+    out = ["| low resolution | steps | MACs of 100-step DDIM | C2F | C2F+TRD |", "| " + "--- | " * 5]
+    for low, experiment in ((8, "fig6"), (16, "low16")):
+        for steps in (5, 10):
+            cells = [pick(rows, experiment, method, "dpm2", steps) for method in ("c2f", "c2f+trd")]
+            if all(cells):
+                out.append(f"| {low} | 10 + {steps} | {100 * cells[0][0]['relative_macs']:.1f} % | "
+                           f"{' | '.join(pm([r['fd'] for r in c]) for c in cells)} |")
     return out
 
 
@@ -150,22 +197,22 @@ def figures(rows):
     fig.tight_layout()
     fig.savefig(FOLDER / "fig6.png", dpi=110)
 
-    path = ROOT / "weights" / "c2f_trd" / "transition.json"
-    sweep = [r for r in rows if r["experiment"] == "sweep"]
-    fig, ax = plt.subplots(figsize=(7, 4))
-    found = json.loads(path.read_text())
-    ax.plot(*zip(*found["ranks"]), label=f"cut index of x0_hat, 8x8, {found['samples']} samples")
-    ax.axvline(found["pca"], color="C0", ls=":", label=f"t* by the lowest rank: {found['pca']}")
-    ax.axvline(found["t_star"], color="C1", ls=":", label=f"t* by FD, used here: {found['t_star']}")
-    ax.set(xlabel="t", ylabel="cut index (99 % of the variance)",
-           title="Fig. 5: rank, and FD against the transition")
-    other = ax.twinx()
-    sweep = sorted((r["t_star"], r["fd"]) for r in sweep)
-    if sweep:
-        other.plot(*zip(*sweep), "o-", color="C1")
-        other.set_ylabel("FD of C2F with the transition at t", color="C1")
-    ax.invert_xaxis()
-    ax.legend(fontsize=8, loc="lower left")
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for r in json.loads((FOLDER / "ranks.json").read_text()):
+        name = f"C2F-DM {r['res']} -> 32" if r["model"] == "low" else f"base, {r['res']}x{r['res']}"
+        line, = axes[0].plot(*zip(*r["ranks"]), label=f"{name}: lowest at t = {r['t_star']}")
+        axes[0].axvline(r["t_star"], color=line.get_color(), ls=":", lw=0.8)
+    axes[0].set(ylabel="cut index (99 % of the variance)", yscale="log", title="Rank of x0_hat")
+    for low, experiment in ((8, "sweep"), (16, "sweep16")):
+        points = sorted((r["t_star"], r["fd"]) for r in rows if r["experiment"] == experiment)
+        if points:
+            axes[1].plot(*zip(*points), "o-", label=f"C2F-DM {low} -> 32")
+    axes[1].set(ylabel="FD[small-fashion]@2000", yscale="log", title="Transition at t, DDIM, 20 steps each")
+    axes[1].set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+    axes[1].minorticks_off()
+    for ax in axes:
+        ax.set(xlabel="t", xlim=(1010, -10))
+        ax.legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(FOLDER / "fig5.png", dpi=110)
 
@@ -185,6 +232,7 @@ def figures(rows):
 def main():
     rows = load()
     tables = dict(fig6=table_fig6(rows), spacing=table_spacing(rows), search=table_search(rows),
+                  phases=table_phases(rows), strategies=table_1(rows), low=table_low(rows),
                   classes=table_class(rows), extractor=table_extractor())
     (FOLDER / "tables.md").write_text("\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in tables.items()) + "\n")
     readme = (ROOT / "README.md").read_text()

@@ -2,10 +2,14 @@
 
 Tests that compare with diffusers are skipped where it is not installed (`pip install diffusers==0.42.1`).
 """
+import argparse
 import copy
 import json
 import math
+import os
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import torch
 import c2f_trd as c
 from common import count_macs, linear_alpha_bar
 
+SHIPPED = c.HERE / "weights" / "c2f_trd" / "weights.pt"
 ABAR = linear_alpha_bar(1000)
 FINE = linear_alpha_bar(100_000, 1e-6, 2e-4)                # the same schedule in steps of a hundredth
 
@@ -993,6 +998,17 @@ def test_plans_of_each_method():
     assert (plan["low_taus"], plan["high_taus"]) == ([999, 500, 0], [565, 0])
     plan = c.make_plan("trd", "dpm2", 3, 2, None, "trailing")
     assert (plan["low_taus"], plan["high_taus"]) == ([], [999, 499])
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="no shipped weights")
+def test_a_search_with_the_shipped_weights_leaves_their_plans_alone(tmp_path):
+    """Plans are written to args.plans: --out for the shipped weights, the run's folder for a run, or --plans."""
+    shutil.copy(SHIPPED, tmp_path / "weights.pt")
+    for checkpoint, given, expected in ((SHIPPED, None, "runs"), (os.path.relpath(SHIPPED), None, "runs"),
+                                        (tmp_path / "weights.pt", None, tmp_path), (SHIPPED, "mine", "mine")):
+        args = argparse.Namespace(checkpoint=checkpoint, plans=given, out="runs", compile=False)
+        c.load_models(args, torch.device("cpu"), "fp32")
+        assert args.plans == Path(expected)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -36,17 +36,18 @@ def theirs():
         norm_eps=1e-6, attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1)
 
 
-def rate(call, images, seconds=8):
-    """Images a second: the median of rounds within `seconds`, after two calls to warm up."""
+def rates(calls, images, seconds=16):
+    """Images a second of each call: they take turns for `seconds`; medians, the first two rounds left out."""
     rounds = []
-    for k in range(10 ** 6):
-        begun = time.perf_counter()
-        call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        rounds.append(time.perf_counter() - begun)
-        if k >= 4 and sum(rounds) > seconds:
-            return images / float(np.median(rounds[2:]))
+    while len(rounds) < 5 or sum(map(sum, rounds)) < seconds:
+        rounds.append([])
+        for call in calls:
+            begun = time.perf_counter()
+            call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            rounds[-1].append(time.perf_counter() - begun)
+    return [images / float(np.median(column)) for column in zip(*rounds[2:])]
 
 
 def unets(lines):
@@ -67,7 +68,7 @@ def unets(lines):
             nets = [torch.compile(n) if compiled else n for n in (a, b)]
             calls = [lambda net=nets[0], n=n: net(mine[:n], t[:n]),
                      lambda net=nets[1], n=n: net(tokens[:n], t[:n]).sample]
-            speeds = {"training": [], "sampling": []}
+            steps, forwards = [], []
             for net, call in zip((a, b), calls):
                 optimizer = torch.optim.Adam(net.parameters())
 
@@ -82,8 +83,9 @@ def unets(lines):
                     with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bf16"):
                         call()
 
-                speeds["training"].append(rate(step, n))
-                speeds["sampling"].append(rate(forward, n))
+                steps.append(step)
+                forwards.append(forward)
+            speeds = {"training": rates(steps, n), "sampling": rates(forwards, n)}
             for kind, (ours, other) in speeds.items():
                 lines.append(f"| {kind} | {dtype} | {'yes' if compiled else 'no'} | {n} | {ours:.0f} | "
                              f"{other:.0f} | {ours / other:.2f} |")

@@ -15,7 +15,9 @@ Run (README.md has more):
     torchrun --nproc_per_node=2 -- lowdiff.py --train        # two processes (or GPUs)
     python lowdiff.py --ledger                               # the paper's networks: parameters, MACs, NFE
 
-Expect: EXPECT
+Expect (small preset, fashion10k, one CPU core, torch 2.13): --train about 75 minutes (3,752 steps, 480,000 images,
+    110 a second) and as long for --arch edm; an evaluation of 64 images takes 9 ms at 8x8, 40 at 16x16 and 144 at
+    32x32: by these times 18 + 13 + 17 of them are an effective NFE of 22, and 1.6 times as fast as EDM's 35.
 
 Symbols: res_1 < ... < res_n -> stages; y_i -> x0 at each of them; D -> x0_hat; sigma, e -> sigma, eps of the
 image; s, e' -> s, eps_z of the condition z; N -> steps (Heun steps of a stage's schedule); K -> evaluations
@@ -59,7 +61,7 @@ D15 Preset paper trains for EDM's 200 M images and LowDiff for equal MACs, 151.9
 D16 Preset small is not the paper's network: 2x2 pixels a token, one block a level, a decaying learning rate, no
     augmentation (shoes point left), Fashion-MNIST's 10,000 test images. Its FD is no FID and compares with
     itself only.
-Not here: NOTHERE
+Not here: the latent version (LightningDiT on ImageNet, Table 4), and the paper's FID and IS, which take 8 GPUs.
 """
 import argparse
 import copy
@@ -558,8 +560,8 @@ def noises(args, seeds, device):
 def labels_of(args, seeds, device):
     """Classes (len(seeds),) in turn: those of --classes, else all; None for a network without classes."""
     known = args.config["classes"]
-    chosen = args.classes or list(range(known))
-    if args.classes and (not known or not all(0 <= y < known for y in chosen)):
+    chosen = args.chosen or list(range(known))
+    if args.chosen and not all(0 <= y < known for y in chosen):
         raise ValueError(f"--classes {' '.join(map(str, chosen))}: the checkpoint has " + (
             f"the classes 0 .. {known - 1}" if known else "no classes (train with --cond)"))
     return torch.tensor([chosen[i % len(chosen)] for i in seeds], device=device) if known else None
@@ -761,7 +763,7 @@ def train(args, device, rank, world):
     model = DistributedDataParallel(net) if world > 1 else net
     model = torch.compile(model) if args.compile else model
     denoiser = model_of(ema, config, device, args.precision)
-    shown = argparse.Namespace(channels=channels, config=config, classes=None)
+    shown = argparse.Namespace(channels=channels, config=config, chosen=None)
     loss_sum, count, begun = torch.zeros((), device=device), 0, time.time()
     fall = max(1, args.decay * args.iters)
 
@@ -877,7 +879,7 @@ def speed(args, denoiser, plan, device):
     both = ((args.config, plan, denoiser), (edm, make_plan(edm["stages"]), model_of(net, edm, device, args.precision)))
     runs = []
     for config, p, model in both:
-        here = argparse.Namespace(config=config, channels=args.channels, classes=None)
+        here = argparse.Namespace(config=config, channels=args.channels, chosen=None)
         seeds = range(SPEED_BATCH)
         runs.append(stages_of(p, model, noises(here, seeds, device), labels_of(here, seeds, device)))
 
@@ -1082,7 +1084,7 @@ def get_args(argv=None):
     m.add_argument("--stages", type=int, nargs="+", help="resolutions, each twice the one before")
     m.add_argument("--budget", type=float, help="training MACs, forward (default: of EDM's steps of the preset)")
     m.add_argument("--cond", action=argparse.BooleanOptionalAction, default=False, help="train with class labels")
-    m.add_argument("--classes", type=int, nargs="+", help="sample: these in turn (default: all)")
+    m.add_argument("--classes", dest="chosen", type=int, nargs="+", help="to sample, in turn (default: all)")
     m.add_argument("--truncate", type=int, nargs="+", help="evaluations K of each stage but the last")
     m.add_argument("--sigma-min", type=float, nargs="+", help="last noise level of each stage")
     m.add_argument("--sigma-max", type=float, nargs="+", help="first noise level of each stage")

@@ -865,7 +865,7 @@ def test_sample(trained, edm, tmp_path):
                    tmp_path)
     a, b, _ = tiles(tmp_path / "samples.png", 3)
     assert result.code == 0 and (a != before[0]).any()         # seed 0 as class 2
-    args = SimpleNamespace(config=dict(classes=10), classes=[7, 1])
+    args = SimpleNamespace(config=dict(classes=10), chosen=[7, 1])
     assert c.labels_of(args, [0, 1, 2, 5], "cpu").tolist() == [7, 1, 7, 1]
 
     result = start("--sample", "--show-stages", "--n", 2, "--precision", "fp32", "--checkpoint", trained.checkpoint,

@@ -96,7 +96,7 @@ SIGMA_RANGE = (0.002, 80.0)    # of the first stage: EDM's (Table 10)
 COND_RANGE = (0.01, 50.0)      # of a conditioned stage (Table 10, D8)
 EMA_RAMP = 0.05                # the EMA's half-life is at most this share of the images seen (EDM)
 ARCHS = ("lowdiff", "edm", "cdm")                              # edm: the off switch
-SWEEPS = ("truncation", "steps", "range")                      # Appendix C, Tables 11, 12, 10
+SWEEPS = ("truncation", "steps", "range")                      # Appendix C, Tables 11, 12 (both captioned 12), 10
 SPEED_BATCH, SPEED_RUNS = 64, 3                                # images/s: as Table 5, which has 10 runs
 
 # A preset is a network and how it is trained. paper, paper-ffhq: EDM's networks for CIFAR-10 and FFHQ 64x64.
@@ -1011,7 +1011,7 @@ def ledger(path):
         for stages, low, printed, gain in runs:
             config, kind = case(preset, "lowdiff", stages), f"{data} {'-'.join(map(str, stages))}"
             plan = make_plan(stages, [low[0], 20], [low[1]]) if low else make_plan(stages)
-            table, kind = ("12 (b)", f"{kind}, K = {low[1]} of {2 * low[0] - 1}") if low else ("2 - 9", kind)
+            table, kind = ("12", f"{kind}, K = {low[1]} of {2 * low[0] - 1}") if low else ("2 - 9", kind)
             macs, nfe = plan_macs(config, 3, plan)
             for p, a, b in zip(plan["stages"], printed, nfe):
                 r = p["res"]
@@ -1030,7 +1030,7 @@ def ledger(path):
                     75 * training_macs(config, 3) / training_macs(edm, 3), "with 75 % of the images, 'comparable'")
     for K in (17, 18, 19, 20, 21):
         plan = make_plan([16, 32], [18, 9], [K])
-        row("12 (a)", f"CIFAR10 16-32, K = {K} of 35: sigma at the stop", None, plan["stages"][0]["sigma_stop"])
+        row("11", f"CIFAR10 16-32, K = {K} of 35: sigma at the stop", None, plan["stages"][0]["sigma_stop"])
 
     # Effective NFE, from the seconds of an evaluation that the printed latencies imply (Tables 5, 6), and from MACs.
     at_32 = 2.22 / 35

@@ -473,14 +473,15 @@ def best_partition(cost, n, smallest=1, largest=None):
     return cuts
 
 
-def mean_similarity_cost(similarity):
-    """METHOD: Eq. 22 as the official code solves it (D5): cost[i, j] = -mean of S over the square i .. j-1."""
+def similarity_cost(similarity, mean=False):
+    """METHOD: Eq. 22 with its sign put right (D5): cost[i, j] = sum of 1 - S over the square i .. j-1.
+    mean: -mean of S over it, as the official code has it, which favours stages of a single level."""
     G = len(similarity)
     s = torch.zeros(G + 1, G + 1, dtype=torch.float64)
     s[1:, 1:] = similarity.cumsum(0).cumsum(1)
     i, j = torch.arange(G)[:, None], torch.arange(G + 1)[None]
-    square = s[j, j] - s[i, j] - s[j, i] + s[i, i]
-    return -square / (j - i).clamp(min=1) ** 2
+    square, size = s[j, j] - s[i, j] - s[j, i] + s[i, i], (j - i).clamp(min=1) ** 2
+    return -square / size if mean else size - square
 
 
 def centre_affinity_cost(affinity):
@@ -514,11 +515,12 @@ def cluster_timesteps(method, n, data=None, samples=10_000, affinity=None):
         nodes = torch.cat([T_FIRST + 0.05 * torch.arange(20), torch.ones(1)]).double()
         maps = {what: similarity_map(data, max(1, samples // 20), nodes, what) for what in ("eps", "x0")}
         middle = (nodes[1:] + nodes[:-1]) / 2
-        cuts = {what: best_partition(mean_similarity_cost(s), n) for what, s in maps.items()}
-        readings = {what: [float(middle[c - 1]) for c in cut] for what, cut in cuts.items()}
+        rules = ("least sum of 1 - S", "largest mean of S")
+        readings = {f"{rule}, {what}": [float(middle[c - 1]) for c in best_partition(similarity_cost(s, mean), n)]
+                    for mean, rule in enumerate(rules) for what, s in maps.items()}
         report.update(samples=max(1, samples // 20), readings=readings, nodes=nodes.tolist(),
                       map=[[round(v, 4) for v in row] for row in maps["eps"].tolist()])
-        edges = readings["eps"]
+        edges = readings["least sum of 1 - S, eps"]
     else:
         t = torch.arange(1, 1001).double() / 1000 if affinity is None else \
             torch.arange(1, len(affinity) + 1).double() / len(affinity)
@@ -756,7 +758,6 @@ def find_edges(args):
         raise ValueError(f"{path} is no plan (not JSON, or without edges)") from None
     if not args.plan and data != (args.data or "fashion10k"):
         return None                                                    # of other images
-    print(f"edges {edges} from {path}")
     return check_edges(edges, path)
 
 
@@ -876,18 +877,19 @@ def load_checkpoint(path):
 
 
 @functools.cache
-def network_macs(config, channels, stage):
-    """MACs of one image in one stage: (an evaluation, a training step with its backward pass), counted on
-    the meta device; config as JSON."""
+def network_macs(config, channels):
+    """MACs of one image in each stage: [(an evaluation, a training step with its backward pass), ...],
+    counted on the meta device; config as JSON."""
     config = json.loads(config)
     with torch.device("meta"):
         net = build_net(dict(config, dropout=0.0), channels)
         x, t = torch.zeros(1, channels, config["res"], config["res"]), torch.zeros(1, dtype=torch.float64)
 
     @torch.enable_grad()
-    def step():
+    def step(stage):
+        net.zero_grad(set_to_none=True)
         diffusion_loss(net, x, t, x, config["diffusion"], stage).backward()
-    return count_macs(net, x, t, stage), count_macs(step)
+    return [(count_macs(net, x, t, s), count_macs(step, s)) for s in range(len(config["widths"]))]
 
 
 # differs: METHOD: one stage per batch; budgets in MACs; early stopping
@@ -923,7 +925,7 @@ def train(args, device, rank, world):
         raise ValueError(f"--stage-probability: {n} shares that add up to 1 are needed, not {probability}")
     config = {k: getattr(args, k) for k in (*PRESETS, "data", "preset", "arch", "diffusion", "edges", "seed",
                                             "early_stopping", "stage_probability", "budget", "clustering")}
-    macs = [network_macs(json.dumps(config), channels, s) for s in range(n)]
+    macs = network_macs(json.dumps(config), channels)
     if args.budget and not args.resume:                                # METHOD: equal training MACs for all arms
         a_step = sum(p * step for p, (_, step) in zip(probability, macs)) * args.batch
         args.iters = config["iters"] = max(1, round(args.budget / a_step))
@@ -1073,7 +1075,7 @@ def plan_macs(config, channels, plan):
     total = [0]
 
     def net(x, label, stage):
-        total[0] += network_macs(json.dumps(config), channels, stage)[0]
+        total[0] += network_macs(json.dumps(config), channels)[stage][0]
         return torch.zeros_like(x)
     z = torch.zeros(1, channels, config["res"], config["res"], device="meta")
     run_sampler(net, config, z, plan["solver"], plan["steps"], plan["t_end"])
@@ -1168,23 +1170,24 @@ NOTES = {("Table 5, 4", "total", "G"): "the printed one is architecture 3's",
          ("Table 7, 3", "total", "M"): "Table 5 prints 237 for the same network"}
 
 
-def torchstat_flops(net, *inputs):
-    """Operations of net(*inputs) by the paper's rule, that of the torchstat package: multiply-accumulates
-    and bias additions of nn.Conv2d, multiply-accumulates of nn.Linear. Not the attention layers (in the
-    official code no nn.Conv2d), not the input pyramid (dto.), no norms. Run on the meta device."""
+def count_both(layer, *inputs):
+    """(operations by the paper's rule, all MACs) of layer(*inputs) on the meta device. The paper's rule is
+    that of the torchstat package: multiply-accumulates and bias additions of nn.Conv2d, multiply-accumulates
+    of nn.Linear; not the attention layers and not the input pyramid (in the official code neither is an
+    nn.Conv2d), no norms."""
     total, hooks = [0], []
-    left_out = {m for a in net.modules() if isinstance(a, (Attention, PyramidDown)) for m in a.modules()}
+    left_out = {m for a in layer.modules() if isinstance(a, (Attention, PyramidDown)) for m in a.modules()}
 
-    def count(layer, _, y):
-        total[0] += y.numel() * (layer.weight[0].numel() + (isinstance(layer, nn.Conv2d)))
+    def count(module, _, y):
+        total[0] += y.numel() * (module.weight[0].numel() + isinstance(module, nn.Conv2d))
 
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer not in left_out:
-            hooks.append(layer.register_forward_hook(count))
-    net(*inputs)
+    for module in layer.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in left_out:
+            hooks.append(module.register_forward_hook(count))
+    macs = count_macs(layer, *inputs)
     for hook in hooks:
         hook.remove()
-    return total[0]
+    return total[0], macs
 
 
 def paper_config(preset, ch, widths, **more):
@@ -1193,17 +1196,18 @@ def paper_config(preset, ch, widths, **more):
     return dict(config, ch=ch, widths=widths, arch="multistage", diffusion="vp", **more)
 
 
+@functools.cache
 def measure_network(config, channels=3):
-    """(parameters, the paper's operations, full MACs) of each stage, then of the shared part, and the
-    parameters in total."""
+    """For a configuration as JSON: (parameters, the paper's operations, all MACs) of each stage, then of the
+    shared part; and the parameters in total."""
+    config = json.loads(config)
     with torch.device("meta"):
         net = build_net(config, channels).eval()
         x, label = torch.zeros(1, channels, config["res"], config["res"]), torch.zeros(1)
-    shared = sum(p.numel() for p in net.encoder.parameters())
-    found = [(shared + sum(p.numel() for p in decoder.parameters()), torchstat_flops(net, x, label, s),
-              count_macs(net, x, label, s)) for s, decoder in enumerate(net.decoders)]
-    found.append((shared, torchstat_flops(net.encoder, x, label), count_macs(net.encoder, x, label)))
-    return found, sum(p.numel() for p in net.parameters())
+        inputs = net.encoder(x, label)
+    size, *found = [[sum(p.numel() for p in part.parameters()), *count_both(part, *given)] for part, given in
+                    [(net.encoder, (x, label)), *((decoder, inputs) for decoder in net.decoders)]]
+    return [[a + b for a, b in zip(size, part)] for part in found] + [size], sum(p.numel() for p in net.parameters())
 
 
 # differs: other tables
@@ -1218,19 +1222,17 @@ def ledger(path):
         print(f"{table:11} {cell:42} {printed:>10} {value:>14}  {note}")
 
     def network(table, config, weights, printed_m, printed_g, weighted_by):
-        found, total = measure_network(config)
+        found, total = measure_network(json.dumps(config))
         names = [f"stage {s + 1}" for s in range(len(config["widths"]))] + ["shared"]
         for name, (parameters, flops, macs), m, g in zip(names, found, printed_m, printed_g):
             row(table, f"{name}: parameters, M", m, parameters / 1e6, NOTES.get((table, name, "M"), ""))
-            note = NOTES.get((table, name, "G"), "")
-            row(table, f"{name}: GFLOPs, the paper's rule", g, flops / 1e9, note)
-            row(table, f"{name}: GMACs, all of them", None, macs / 1e9)
+            row(table, f"{name}: GFLOPs", g, flops / 1e9,
+                f"{macs / 1e9:.3f} GMACs in all  {NOTES.get((table, name, 'G'), '')}".strip())
         weighted = [sum(w * f[i] for w, f in zip(weights, found)) / sum(weights) / 1e9 for i in (1, 2)]
         if len(names) > 2:
             row(table, "total: parameters, M", printed_m[-1], total / 1e6, NOTES.get((table, "total", "M"), ""))
             row(table, f"total: GFLOPs by {weighted_by}", printed_g[-1], weighted[0],
-                NOTES.get((table, "total", "G"), ""))
-            row(table, f"total: GMACs by {weighted_by}", None, weighted[1])
+                f"{weighted[1]:.3f} GMACs in all  {NOTES.get((table, 'total', 'G'), '')}".strip())
         return [f[1] for f in found], weighted[0]
 
     def lengths(edges):
@@ -1238,21 +1240,19 @@ def ledger(path):
 
     totals = []
     for i, (ch, widths, m, g) in enumerate(TABLE5, 1):
-        config = paper_config("paper", ch, widths, edges=list(PAPER_EDGES))
+        config = paper_config("paper", ch, widths)
         flops, total = network(f"Table 5, {i}", config, lengths(TABLE7_EDGES[2]), m, g, "length")
         totals.append(total)
-        for t_end in (1e-4, 1e-3):
-            nfe = make_plan(config, "dpm3", 20, t_end)["nfe"]
-            row(f"Table 5, {i}", f"total: GFLOPs by NFE, t_end {t_end:g}", None,
-                sum(n * f for n, f in zip(nfe, flops)) / 20 / 1e9,
-                f"NFE {nfe}; the caption says by NFE, the cells are by length of .426/.626" if i == 1 else "")
+        nfe = make_plan(dict(config, edges=PAPER_EDGES), "dpm3", 20)["nfe"]
+        row(f"Table 5, {i}", f"total: GFLOPs by NFE {nfe}", None, sum(n * f for n, f in zip(nfe, flops)) / 20 / 1e9,
+            "what the caption says; the printed cells are by length of .426/.626" if i == 1 else "")
     nodes = [stage_of((999 - 49.95 * k) / 1000, PAPER_EDGES) for k in range(20)]
     nfe = [nodes.count(s) for s in range(3)]                           # of DPM-Solver++ 2M, 20 steps
     for i, (ch, widths, m, g) in enumerate(TABLE6, 1):
         _, total = network(f"Table 6, {i}", paper_config("paper-ldm", ch, widths), nfe, m, g, f"NFE {nfe}")
         totals.append(total)
     row("Table 6, 4", "total with attention in all decoders, M", None,
-        measure_network(paper_config("paper-ldm", *TABLE6[3][:2], attended=None))[1] / 1e6,
+        measure_network(json.dumps(paper_config("paper-ldm", *TABLE6[3][:2], attended=None)))[1] / 1e6,
         "the official class leaves it out of decoders 2 and 3 (D15)")
     for n, ((ch, widths, m, g), edges) in enumerate(zip(TABLE7, TABLE7_EDGES), 1):
         network(f"Table 7, {n}", paper_config("paper", ch, widths), lengths(edges), m, g, "length")
@@ -1261,12 +1261,12 @@ def ledger(path):
         row("Table 2", f"{name}: GFLOPs", published, gflops, note)
         row("Table 2", f"{name}: PFLOPs as printed", printed, thousands * gflops / 1e3,
             "GFLOPs x iterations: one image a step, no backward pass")
-        macs = [network_macs(json.dumps(config), 3, s)[1] for s in range(len(config["widths"]))]
+        macs = [step for _, step in network_macs(json.dumps(config), 3)]
         row("Table 2", f"{name}: training, EMACs", None, thousands * 1e3 * batch * sum(macs) / len(macs) / 1e18,
             f"backward included, every image: batch {batch}, stages in equal shares")
 
     unified = paper_config("paper", 128, [128])
-    flops = measure_network(unified)[0][0][1] / 1e9
+    flops = measure_network(json.dumps(unified))[0][0][1] / 1e9
     training("CIFAR-10, DPM-Solver", 450, 17.65, flops, 7.94, 128, unified)
     training("CIFAR-10, multistage", 250, 18.65, totals[0], 4.66, 128, paper_config("paper", *TABLE5[0][:2]))
     row("Table 2", "CelebA 32, EDM: PFLOPs as printed", 10.06, 570 * flops / 1e3,
@@ -1274,7 +1274,7 @@ def ledger(path):
     row("Table 2", "CelebA 32, multistage EDM: PFLOPs", 8.28, 430 * 19.25 / 1e3,
         "of the printed 19.25 G, which no weighting of either network gives")
     ldm = paper_config("paper-ldm", 224, [224], attended=None)
-    training("CelebA-HQ 256, LDM", 490, 88.39, measure_network(ldm)[0][0][1] / 1e9, 43.31, 48, ldm)
+    training("CelebA-HQ 256, LDM", 490, 88.39, measure_network(json.dumps(ldm))[0][0][1] / 1e9, 43.31, 48, ldm)
     training("CelebA-HQ 256, multistage", 170, 76.19, totals[7], 12.95, 48, paper_config("paper-ldm", *TABLE6[3][:2]))
     for method, printed in (("time", (0.330, 0.670)), ("snr", (0.348, 0.709))):
         edges, _ = cluster_timesteps(method, 3)
@@ -1380,7 +1380,7 @@ def main():
     device, rank, world = start_device(args.device)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                             # one process speaks
-    if args.train and not args.resume and find_edges(args) is None:
+    if args.train and not args.resume and not args.search and find_edges(args) is None:
         args.search = True                                             # no edges yet
     if args.search and rank == 0:
         search(args, device)

@@ -1,7 +1,58 @@
 """Multistage: Improving Efficiency of Diffusion Models via Multi-Stage Framework and Tailored
 Multi-Decoder Architectures (Zhang, Lu et al., CVPR 2024; arXiv 2312.09181), in one file.
 
-@DOC@
+Denoising is not one task: next to the noise a small network is enough, next to the data it takes a large
+one, and the gradients of the two disturb each other. So cut the noise levels into stages where the best
+possible denoiser hardly changes; give all stages one encoder and each stage a decoder of its own, of the
+width it needs. The best possible denoiser of a data set is known in closed form: the stages are found
+before anything is trained, in a minute.
+
+Run (README.md has more):
+    python multistage.py --cluster                           # the edges of three stages, from the images
+    python multistage.py --train --sample --evaluate         # clusters first if there is no plan yet
+    python multistage.py --train --arch unified              # off switch: a plain U-Net and DPM-Solver
+    python multistage.py --train --arch unified --diffusion edm     # off switch of EDM
+    python multistage.py --train --arch separate --widths 24 24 24 --budget 2e13    # Table 3, equal MACs
+    torchrun --nproc_per_node=2 -- multistage.py --train        # two processes (or GPUs)
+    python multistage.py --ledger                            # Tables 2, 4, 5, 6, 7: parameters, MACs, edges
+
+Expect (small preset, fashion10k): --cluster finds edges .517 and .706 in 40 s on one CPU core; --ledger takes a
+    minute; --train has not been measured to its end yet (results/multistage/run.sh).
+
+Symbols: t in [0, 1] -> t; s_t, sigma_t -> scale_of, sigma_of (xt = scale (x0 + sigma eps)); t_1, t_2 -> edges,
+stage 0 is next to the data; D, S -> similarity; eta, alpha, K -> ETA, ALPHA, samples; lambda -> lam = -log sigma;
+x0_hat, eps_hat -> predictions. NFE: an evaluation of the network, in the stage of its own t.
+
+Differences from the paper, and what it leaves open:
+D1  The text swaps s_t and sigma_t and loses a t (s_0 = .638). The usual VP schedule of the official code.
+D2  Algorithm 1 takes the largest tau with a running mean of at least alpha; where the similarity rises again
+    that may lie beyond a deep dip. Ours: the tau at which the mean falls below alpha first. --cluster prints both.
+D3  Similarity to eps*_1: the text compares with eps*_1(x_1), the official code with what eps*_1 makes of xt.
+    The text's is .15 later on fashion10k. Ours: the code's; --cluster prints both. The code clusters images in
+    [0, 1] but trains on [-1, 1]; ours: [-1, 1] for both (--unit-range: the code's).
+D4  Similarity map of Algorithm 2: each image with one eps at all 21 levels .001, .051, ... .951, 1 (the code's;
+    the text has 41), samples / 20 images; cuts lie midway between levels.
+D5  Eq. 22 minimises the sum of S, a similarity: its sign is wrong. The official code maximises the stages' mean
+    of S, which on fashion10k cuts off single levels. Ours minimises the sum of 1 - S, exactly, by
+    dynamic programming: with --unit-range n = 2 gives the paper's .476. --cluster prints all readings.
+D6  Gradient clustering: one checkpoint of a unified network and 128 images; the paper averages checkpoints.
+D7  Time and SNR clustering: Go et al.'s, on 1000 levels, stages of 1/2n to 1/2 of them (the official bounds).
+D8  A batch is of one stage, VP: each with probability 1 / n, whatever its length, as the official training
+    (--stage-probability). Adam and its momentum leave the decoders of the other stages alone.
+D9  EDM's stage has the probability of its sigmas (.961, .035, .004 at the paper's edges), and the sigmas
+    of a batch are drawn by the inverse CDF instead of rejection: the same distribution. The last decoder
+    hardly trains; that is the paper's. The bottleneck is shared here, the official EDM code has one per decoder.
+D10 Early stopping: the last tenth of the images (at most 1000) is not trained on; each network's
+    average is kept where its loss on them was lowest at a save. Training goes on: equal budgets stay equal.
+D11 Preset paper: the official DDPM++ with FIR resampling and input pyramid: parameters to the integer. One
+    number of groups per decoder (official: per layer); edges are edges (official: 999 t against 1000 t_1).
+D12 --t-end 1e-4 is the official command's, 1e-3 its configuration's; nothing follows the last step.
+D13 Preset small is c2f_trd.py's network, its decoders 1.5, 1 and 1/3 as wide as the encoder (the paper: 1.5, 1 and
+    1/8). For other numbers of stages Eq. 23, on widths: the paper's own Table 7 does not follow Eq. 23.
+D14 Constant learning rate, as the paper: points of one curve compare (--decay lets it fall at the end).
+D15 Preset paper-ldm has attention in the first decoder only, as the official class by an oversight (a variable
+    is not reset); Table 6 is of this network. Ours runs in pixels, its first stage is not here.
+Not here: the latent-space models' autoencoder; the paper's Fig. 2; EDM's own network.
 """
 import argparse
 import copy
@@ -1190,7 +1241,7 @@ def count_both(layer, *inputs):
     def count(module, _, y):
         total[0] += y.numel() * (module.weight[0].numel() + isinstance(module, nn.Conv2d))
 
-    for module in without_norms(layer).modules():
+    for module in layer.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in left_out:
             hooks.append(module.register_forward_hook(count))
     macs = count_macs(layer, *inputs)
@@ -1213,8 +1264,8 @@ def measure_network(config, channels=3):
     with torch.device("meta"):
         net = build_net(config, channels).eval()
         x, label = torch.zeros(1, channels, config["res"], config["res"]), torch.zeros(1)
-        inputs = net.encoder(x, label)
     sizes = [sum(p.numel() for p in part.parameters()) for part in (net.encoder, *net.decoders)]
+    inputs = without_norms(net).encoder(x, label)
     calls = [(net.encoder, (x, label)), *((decoder, inputs) for decoder in net.decoders)]
     shared, *found = [[size, *count_both(part, *given)] for size, (part, given) in zip(sizes, calls)]
     return [[a + b for a, b in zip(shared, part)] for part in found] + [shared], sum(sizes)

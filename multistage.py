@@ -794,11 +794,10 @@ def search(args, device):
 
 def find_edges(args):
     """The edges for training: --edges, --plan FILE, what --search left under --out for the same data, or
-    None if there is nothing yet."""
-    if args.arch == "unified":
-        return []
-    if args.edges is not None:
-        return check_edges(args.edges)
+    None if there is nothing yet. Notes in args.clustering where they come from."""
+    if args.arch == "unified" or args.edges is not None:
+        args.clustering = "none" if args.arch == "unified" else "by hand"
+        return [] if args.arch == "unified" else check_edges(args.edges)
     path = Path(args.plan) if args.plan else plan_path(args)
     if not args.plan and not path.is_file():
         return None
@@ -809,6 +808,7 @@ def find_edges(args):
         raise ValueError(f"{path} is no plan (not JSON, or without edges)") from None
     if not args.plan and data != (args.data or "fashion10k"):
         return None                                                    # of other images
+    args.clustering = plan.get("clustering", "by hand")
     return check_edges(edges, path)
 
 
@@ -1060,7 +1060,7 @@ def train(args, device, rank, world):
         save_checkpoint(run / "checkpoint.pt", **common, ema=state, net=net.state_dict(),
                         optimizer=optimizer.state_dict(), best=best and best.state_dict(), best_loss=best_loss)
         grid = argparse.Namespace(config=config, channels=channels, precision=args.precision)
-        plan = make_plan(config, *(("heun", 8) if args.diffusion == "edm" else ("dpm3", 15)))
+        plan = make_plan(config, *(("heun", 6) if args.diffusion == "edm" else ("dpm3", 10)))
         save_grid(run / "samples.png", sample(grid, best or ema, plan, range(32), device))
         each = [round(float(v) / c, 5) if c else None for v, c in zip(loss_sum, count)]
         line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5), stages=each,

@@ -16,8 +16,8 @@ Run (README.md has more):
     torchrun --nproc_per_node=2 -- multistage.py --train        # two processes (or GPUs)
     python multistage.py --ledger                            # Tables 2, 4, 5, 6, 7: parameters, MACs, edges
 
-Expect (small preset, fashion10k): --cluster finds edges .517 and .706 in 40 s on one CPU core; --ledger takes a
-    minute; --train has not been measured to its end yet (results/multistage/run.sh).
+Expect (small preset, fashion10k): --cluster finds edges .517 and .706 in 20 s of one CPU core; --ledger
+    takes as long. --train: 5,000 steps, 640,000 images; results/multistage/run.sh has the estimates.
 
 Symbols: t in [0, 1] -> t; s_t, sigma_t -> scale_of, sigma_of (xt = scale (x0 + sigma eps)); t_1, t_2 -> edges,
 stage 0 is next to the data; D, S -> similarity; eta, alpha, K -> ETA, ALPHA, samples; lambda -> lam = -log sigma;
@@ -596,8 +596,9 @@ def gradient_affinity(net, config, x, levels=100, batch=128, seed=CLUSTER_SEED):
     rows = torch.empty(levels, sum(p.numel() for p in net.parameters()), device=device)
     for k in progress(range(levels), "gradients", batch):
         t = torch.full((batch,), (k + 1) / levels, dtype=torch.float64, device=device)
+        level = sigma_of(t) if config["diffusion"] == "edm" else t
         net.zero_grad(set_to_none=True)
-        diffusion_loss(net, x0, t if config["diffusion"] == "vp" else sigma_of(t), eps, config, 0).backward()
+        diffusion_loss(net, x0, level, eps, config["diffusion"], 0).backward()
         rows[k] = F.normalize(torch.cat([p.grad.flatten() for p in net.parameters()]), dim=0)
     return (rows @ rows.T).double().cpu()
 
@@ -753,6 +754,7 @@ def plan_path(args):
     return Path(args.out) / f"plan_{args.clustering}_{args.stages}{unit}.json"
 
 
+# differs: another method
 def search(args, device):
     """METHOD: Sec. 3.2, Table 4: clusters the noise levels of --data, writes plan.json and pictures."""
     begun, affinity, data = time.time(), None, None
@@ -936,6 +938,7 @@ def without_norms(net):
     return net
 
 
+# differs: of each stage, with the backward pass
 @functools.cache
 def network_macs(config, channels):
     """MACs of one image in each stage: [(an evaluation, a training step with its backward pass), ...],

@@ -379,9 +379,21 @@ def test_one_image():
 
 
 def test_gradient_affinity():
-    config = tiny("unified", widths=[8], edges=[])
-    a = m.gradient_affinity(net_of(config), config, randn(20, 1, 16, 16, dtype=torch.float32), levels=6, batch=4)
-    assert a.shape == (6, 6) and torch.allclose(a, a.T) and torch.allclose(a.diagonal(), torch.ones(6).double())
+    x, found = randn(20, 1, 16, 16, dtype=torch.float32), []
+    for diffusion in ("vp", "edm"):
+        config = tiny("unified", widths=[8], edges=[], diffusion=diffusion)
+        net = net_of(config)
+        found.append(m.gradient_affinity(net, config, x, levels=6, batch=4))
+        assert torch.allclose(found[-1], found[-1].T) and torch.allclose(found[-1].diagonal(), torch.ones(6).double())
+    assert not torch.allclose(*found, atol=0.01)
+    g = torch.Generator().manual_seed(m.CLUSTER_SEED)                # one entry by its definition
+    x0 = x[torch.randint(0, 20, (4,), generator=g)]
+    eps, gradients = torch.randn(x0.shape, generator=g), []
+    for t in (2 / 6, 5 / 6):
+        sigma = m.sigma_of(torch.full((4,), t))
+        loss = m.diffusion_loss(net, x0, sigma, eps, "edm", 0)
+        gradients.append(torch.cat([v.flatten() for v in torch.autograd.grad(loss, list(net.parameters()))]))
+    assert float(found[1][1, 4]) == pytest.approx(float(F.cosine_similarity(*gradients, dim=0)), abs=1e-4)
     with pytest.raises(ValueError, match="unified"):
         m.gradient_affinity(net_of(tiny()), tiny(), torch.zeros(2, 1, 16, 16))
 

@@ -1,0 +1,1486 @@
+"""Multistage: Improving Efficiency of Diffusion Models via Multi-Stage Framework and Tailored
+Multi-Decoder Architectures (Zhang, Lu et al., CVPR 2024; arXiv 2312.09181), in one file.
+
+Denoising is not one task: next to the noise a small network is enough, next to the data it takes a large
+one, and the gradients of the two disturb each other. So cut the noise levels into stages where the best
+possible denoiser hardly changes; give all stages one encoder and each stage a decoder of its own, of the
+width it needs. The best possible denoiser of a data set is known in closed form: the stages are found
+before anything is trained, in a minute.
+
+Run (README.md has more):
+    python multistage.py --cluster                           # the edges of three stages, from the images
+    python multistage.py --train --sample --evaluate         # clusters first if there is no plan yet
+    python multistage.py --train --arch unified              # off switch: a plain U-Net and DPM-Solver
+    python multistage.py --train --arch unified --diffusion edm     # off switch of EDM
+    python multistage.py --train --arch separate --widths 24 24 24 --budget 2e13    # Table 3, equal MACs
+    torchrun --nproc_per_node=2 -- multistage.py --train        # two processes (or GPUs)
+    python multistage.py --ledger                            # Tables 2, 4, 5, 6, 7: parameters, MACs, edges
+
+Expect (small preset, fashion10k): --cluster finds edges .517 and .706 in 20 s of one CPU core; --ledger
+    takes as long. --train: 5,000 steps, 640,000 images; results/multistage/run.sh has the estimates.
+
+Symbols: t in [0, 1] -> t; s_t, sigma_t -> scale_of, sigma_of (xt = scale (x0 + sigma eps)); t_1, t_2 -> edges,
+stage 0 is next to the data; D, S -> similarity; eta, alpha, K -> ETA, ALPHA, samples; lambda -> lam = -log sigma;
+x0_hat, eps_hat -> predictions. NFE: an evaluation of the network, in the stage of its own t.
+
+Differences from the paper, and what it leaves open:
+D1  The text swaps s_t and sigma_t and loses a t (s_0 = .638). The usual VP schedule of the official code.
+D2  Algorithm 1 takes the largest tau with a running mean of at least alpha; where the similarity rises again
+    that may lie beyond a deep dip. Ours: the tau at which the mean falls below alpha first. --cluster prints both.
+D3  Similarity to eps*_1: the text compares with eps*_1(x_1), the official code with what eps*_1 makes of xt.
+    The text's is .15 later on fashion10k. Ours: the code's; --cluster prints both. The code clusters images in
+    [0, 1] but trains on [-1, 1]; ours: [-1, 1] for both (--unit-range: the code's).
+D4  Similarity map of Algorithm 2: each image with one eps at all 21 levels .001, .051, ... .951, 1 (the code's;
+    the text has 41), samples / 20 images; cuts lie midway between levels.
+D5  Eq. 22 minimises the sum of S, a similarity: its sign is wrong. The official code maximises the stages' mean
+    of S, which on fashion10k cuts off single levels. Ours minimises the sum of 1 - S, exactly, by
+    dynamic programming: with --unit-range n = 2 gives the paper's .476. --cluster prints all readings.
+D6  Gradient clustering: one checkpoint of a unified network and 128 images; the paper averages checkpoints.
+D7  Time and SNR clustering: Go et al.'s, on 1000 levels, stages of 1/2n to 1/2 of them (the official bounds).
+D8  A batch is of one stage, VP: each with probability 1 / n, whatever its length, as the official training
+    (--stage-probability). Adam and its momentum leave the decoders of the other stages alone.
+D9  EDM's stage has the probability of its sigmas (.961, .035, .004 at the paper's edges), and the sigmas
+    of a batch are drawn by the inverse CDF instead of rejection: the same distribution. The last decoder
+    hardly trains; that is the paper's. The bottleneck is shared here, the official EDM code has one per decoder.
+D10 Early stopping: the last tenth of the images (at most 1000) is not trained on; each network's
+    average is kept where its loss on them was lowest at a save. Training goes on: equal budgets stay equal.
+D11 Preset paper: the official DDPM++ with FIR resampling and input pyramid: parameters to the integer. One
+    number of groups per decoder (official: per layer); edges are edges (official: 999 t against 1000 t_1).
+D12 --t-end 1e-4 is the official command's, 1e-3 its configuration's; nothing follows the last step.
+D13 Preset small is c2f_trd.py's network, its decoders 1.5, 1 and 1/3 as wide as the encoder (the paper: 1.5, 1 and
+    1/8). For other numbers of stages Eq. 23, on widths: the paper's own Table 7 does not follow Eq. 23.
+D14 Constant learning rate, as the paper: points of one curve compare (--decay lets it fall at the end).
+D15 Preset paper-ldm has attention in the first decoder only, as the official class by an oversight (a variable
+    is not reset); Table 6 is of this network. Ours runs in pixels, its first stage is not here.
+Not here: the latent-space models' autoencoder; the paper's Fig. 2; EDM's own network.
+"""
+import argparse
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from bisect import bisect_right
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from common import (HERE, class_logits, count_macs, extract, feature_stats, frechet_distance, gather,
+                    has_fast_bf16, inception_score, load_extractor, load_images, noise_for, progress,
+                    save_grid, save_json, sha256_of, start_device, to_float, to_uint8, write_atomically)
+
+SCRIPT = "multistage"
+
+# ---------------------------------------------------------------------------------------------
+# Hyper-parameters
+# ---------------------------------------------------------------------------------------------
+BETA_D, BETA_MIN = 19.9, 0.1   # VP schedule (Sec. 5; Song et al.)
+T_FIRST = 1e-3                 # eps_t: smallest t of the clustering (Sec. 5)
+T_END = 1e-4                   # last t of DPM-Solver (the official command line)
+ETA, ALPHA = 2 / 256, 0.9      # thresholds of Algorithm 1 (Sec. 5)
+P_MEAN, P_STD = -1.2, 1.2      # log-normal noise levels of EDM's training
+SIGMA_DATA, RHO = 0.5, 7       # EDM
+SIGMA_MIN, SIGMA_MAX = 0.002, 80
+PAPER_EDGES = (0.442, 0.631)   # t1, t2 of Table 4: the stages that the three widths of a preset belong to
+ARCHS = ("multistage", "unified", "separate")                  # unified: the off switch
+CLUSTERINGS = ("optimal", "optimal2", "time", "snr", "gradient")       # Table 4; optimal2: Algorithm 2
+SOLVERS = {"dpm1": 1, "dpm2": 2, "dpm3": 3, "heun": 2}         # order; dpm: DPM-Solver singlestep
+CLUSTER_SEED = 10 ** 9                                         # far from samples' seeds
+ARCHITECTURE = ("ch", "mult", "blocks", "attention", "patch", "dropout", "plus", "groups", "attended")
+
+# A preset is a network and how it is trained. paper: Table 5, architecture 1; paper-ldm: Table 6,
+# architecture 4, a network for 64x64x3 latents (its autoencoder is not here).
+#                        tiny        small          paper             paper-ldm
+PRESETS = {
+    "res":              (32,         32,            32,               64),           # R, of a folder's images
+    "ch":               (8,          24,            128,              224),          # width of the encoder
+    "widths":           ([12, 8, 4], [36, 24, 8],   [192, 128, 16],   [256, 192, 128]),  # of the decoders (TP)
+    "mult":             ([1, 2],     [1, 2, 3],     [1, 2, 2, 2],     [1, 2, 3, 4]),     # width per level
+    "blocks":           (1,          1,             8,                2),            # residual blocks per level
+    "attention":        ([1],        [2],           [1],              [1, 2, 3]),    # levels with attention
+    "attended":         (None,       None,          None,             1),            # decoders with it (D15)
+    "patch":            (2,          2,             1,                1),            # pixels per side of a token
+    "plus":             (False,      False,         True,             False),        # DDPM++ instead of DDPM (D11)
+    "groups":           (32,         32,            16,               32),           # of GroupNorm, at most
+    "dropout":          (0.0,        0.0,           0.1,              0.0),
+    "flip":             (False,      False,         True,             False),        # random horizontal flips
+    "batch":            (16,         128,           128,              48),           # global, all processes
+    "lr":               (2e-3,       1e-3,          2e-4,             9.6e-5),       # Adam
+    "warmup":           (10,         200,           5000,             1),            # steps, linear
+    "decay":            (0.0,        0.0,           0.0,              0.0),          # last share: lr falls
+    "ema":              (0.9,        0.999,         0.9999,           0.9999),       # decay
+    "iters":            (20,         5000,          450_000,          500_000),      # steps
+    "samples":          (200,        10_000,        50_000,           50_000),       # K of Algorithms 1 and 2
+}
+PRESET_NAMES = ("tiny", "small", "paper", "paper-ldm")
+
+
+# ---------------------------------------------------------------------------------------------
+# Network
+# ---------------------------------------------------------------------------------------------
+def timestep_embedding(t, dim):
+    """(B,) -> (B, dim): sine and cosine of t at `dim / 2` frequencies from 1 to 1 / 10000 (DDPM)."""
+    frequency = torch.logspace(0, -4, dim // 2, device=t.device)
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+# differs: it can resample between its halves, as DDPM++ does
+class ResBlock(nn.Module):
+    """norm - SiLU - (resample) - conv, plus the time embedding, norm - SiLU - conv, plus the input."""
+
+    def __init__(self, c_in, c_out, c_emb, groups, dropout, resample=None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.resample = resample or nn.Identity()
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out or resample else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        h = h + self.emb(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(self.resample(x)) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, one head."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.qkv = nn.Conv2d(c, 3 * c, 1)
+        self.out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k, v)                            # (B, 1, H W, C)
+        return x + self.out(h[:, 0].transpose(1, 2).reshape(B, C, H, W))
+
+
+class Down(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))          # right and bottom, as in the original DDPM
+
+
+class Up(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Fir(nn.Module):
+    """DDPM++'s resampling by 2 with the filter [1, 3, 3, 1] in both directions; no parameters."""
+
+    def __init__(self, up):
+        super().__init__()
+        row = torch.tensor([1., 3., 3., 1.]) / 8
+        self.up = up
+        self.register_buffer("kernel", torch.outer(row, row) * (4 if up else 1), persistent=False)
+
+    def forward(self, x):
+        resample = F.conv_transpose2d if self.up else F.conv2d
+        return resample(x, self.kernel.expand(x.shape[1], 1, 4, 4), stride=2, padding=1, groups=x.shape[1])
+
+
+class PyramidDown(nn.Module):
+    """DDPM++'s input pyramid: the filter, then a strided convolution to the width of the next level."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, stride=2)
+        self.fir = Fir(up=False)
+
+    def forward(self, x):
+        kernel = self.fir.kernel.expand(x.shape[1], 1, 4, 4)
+        return self.conv(F.conv2d(x, kernel, padding=2, groups=x.shape[1]))
+
+
+def run_layers(layers, h, emb, scale):
+    """The layers in turn; DDPM++ divides every sum by sqrt 2 (scale), DDPM does not (scale 1)."""
+    for layer in layers:
+        h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        h = h * scale if isinstance(layer, (ResBlock, Attention)) else h
+    return h
+
+
+class Encoder(nn.Module):
+    """Time embedding, input, way down and bottleneck: (xt, label) -> h, skips, emb."""
+
+    def __init__(self, channels, ch, mult, blocks, attention, patch, dropout, plus, groups):
+        super().__init__()
+        groups, c_emb = math.gcd(ch, min(groups, ch // 4)), 4 * ch
+        self.ch, self.patch, self.scale = ch, patch, 0.5 ** 0.5 if plus else 1
+        self.emb = nn.Sequential(nn.Linear(ch, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.conv_in = nn.Conv2d(channels * patch ** 2, ch, 3, padding=1)
+        c, c_pyramid, self.widths = ch, channels * patch ** 2, [ch]            # widths of the skips
+        self.down, self.pyramid = nn.ModuleList(), nn.ModuleDict()             # a skip after each step down
+        for level, m in enumerate(mult):
+            for _ in range(blocks):
+                self.down.append(nn.ModuleList([ResBlock(c, ch * m, c_emb, groups, dropout)]))
+                c = ch * m
+                if level in attention:
+                    self.down[-1].append(Attention(c, groups))
+                self.widths.append(c)
+            if level < len(mult) - 1:
+                self.down.append(nn.ModuleList(
+                    [ResBlock(c, c, c_emb, groups, dropout, Fir(up=False)) if plus else Down(c)]))
+                if plus:
+                    self.pyramid[str(len(self.down) - 1)] = PyramidDown(c_pyramid, c)
+                    c_pyramid = c
+                self.widths.append(c)
+        self.mid = nn.ModuleList([ResBlock(c, c, c_emb, groups, dropout), Attention(c, groups),
+                                  ResBlock(c, c, c_emb, groups, dropout)])
+
+    def forward(self, xt, label):
+        emb = F.silu(self.emb(timestep_embedding(label, self.ch)))
+        pyramid = F.pixel_unshuffle(xt, self.patch)
+        h = self.conv_in(pyramid)
+        skips = [h]
+        for i, step in enumerate(self.down):
+            h = run_layers(step, h, emb, self.scale)
+            if str(i) in self.pyramid:
+                h = pyramid = (self.pyramid[str(i)](pyramid) + h) * self.scale
+            skips.append(h)
+        return run_layers(self.mid, h, emb, self.scale), skips, emb
+
+
+class Decoder(nn.Module):
+    """Way up and output, of a width of its own; the first convolution that sees a skip adapts it."""
+
+    def __init__(self, channels, width, skips, ch, mult, blocks, attention, patch, dropout, plus, groups):
+        super().__init__()
+        groups, c_emb = math.gcd(ch, width, min(groups, ch // 4, width // 4)), 4 * ch
+        self.patch, self.scale = patch, 0.5 ** 0.5 if plus else 1
+        c, skips, self.up = skips[-1], list(skips), nn.ModuleList()
+        for level, m in reversed(list(enumerate(mult))):
+            for i in range(blocks + 1):
+                self.up.append(nn.ModuleList([ResBlock(c + skips.pop(), width * m, c_emb, groups, dropout)]))
+                c = width * m
+                if level in attention and (i == blocks or not plus):           # DDPM++: once a level
+                    self.up[-1].append(Attention(c, groups))
+            if level > 0:
+                self.up.append(nn.ModuleList(
+                    [ResBlock(c, c, c_emb, groups, dropout, Fir(up=True)) if plus else Up(c)]))
+        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, channels * patch ** 2, 3, padding=1)
+        self.takes_skip = [isinstance(step[0], ResBlock) and isinstance(step[0].resample, nn.Identity)
+                           for step in self.up]
+
+    def forward(self, h, skips, emb):
+        skips = list(skips)
+        for step, takes_skip in zip(self.up, self.takes_skip):
+            h = run_layers(step, torch.cat([h, skips.pop()], dim=1) if takes_skip else h, emb, self.scale)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+
+def by_stage(stage, n, run):
+    """METHOD: each sample's own stage. stage: an int for the whole batch (no look at the device), or
+    int64 (B,). run(s, rows) -> (len(rows), ...) for the samples `rows` of stage s; the parts are put
+    back in order. Raises ValueError if a stage has no decoder."""
+    if isinstance(stage, int):
+        if not 0 <= stage < n:
+            raise ValueError(f"there is no decoder for stage {stage}: the network has {n}")
+        return run(stage, slice(None))
+    rows = [(s, (stage == s).nonzero()[:, 0]) for s in stage.unique().tolist()]
+    if not 0 <= rows[0][0] <= rows[-1][0] < n:
+        raise ValueError(f"there is no decoder for stage {rows[-1][0]}: the network has {n}")
+    parts = torch.cat([run(s, r) for s, r in rows])
+    return parts[torch.cat([r for _, r in rows]).argsort()]
+
+
+# differs: METHOD: one encoder, a decoder per stage, of different widths; label and stage instead of t and y
+class UNet(nn.Module):
+    """METHOD: Sec. 3.1: one encoder for all stages and a decoder for each: (B, C, H, W) from xt
+    (B, C, H, W), label (B,) float and stage (int, or int64 (B,)).
+
+    widths: base width of each decoder, stage 0 (next to the data) first; one width is a plain U-Net.
+    H and W are any multiples of patch * 2^(levels - 1). plus: DDPM++ (D11) instead of DDPM.
+    attended: how many decoders, from the first, have attention (None: all)."""
+
+    def __init__(self, channels, widths, ch, mult, blocks, attention, patch=1, dropout=0.0, plus=False,
+                 groups=32, attended=None):
+        super().__init__()
+        self.multiple = patch * 2 ** (len(mult) - 1)
+        self.encoder = Encoder(channels, ch, mult, blocks, attention, patch, dropout, plus, groups)
+        self.decoders = nn.ModuleList(
+            Decoder(channels, width, self.encoder.widths, ch, mult, blocks,
+                    attention if attended is None or s < attended else [], patch, dropout, plus, groups)
+            for s, width in enumerate(widths))
+        if plus:                                        # DDPM++ starts with blocks that do nothing
+            last = [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
+            last += [m.out for m in self.modules() if isinstance(m, Attention)]
+            for layer in last + [decoder.conv_out for decoder in self.decoders]:
+                nn.init.zeros_(layer.weight)
+
+    def forward(self, xt, label, stage=0):
+        if xt.shape[-1] % self.multiple or xt.shape[-2] % self.multiple:
+            raise ValueError(f"the network halves its input: {xt.shape[-2]}x{xt.shape[-1]} is not a "
+                             f"multiple of {self.multiple}")
+        h, skips, emb = self.encoder(xt, label)
+        return by_stage(stage, len(self.decoders), lambda s, rows: self.decoders[s](
+            h[rows], [skip[rows] for skip in skips], emb[rows]))
+
+
+class Separate(nn.Module):
+    """A whole U-Net for each stage (Table 3), called like the multi-decoder one."""
+
+    def __init__(self, nets):
+        super().__init__()
+        self.nets, self.multiple = nn.ModuleList(nets), nets[0].multiple
+
+    def forward(self, xt, label, stage=0):
+        return by_stage(stage, len(self.nets), lambda s, rows: self.nets[s](xt[rows], label[rows]))
+
+
+# differs: METHOD: one network, several decoders, or several networks
+def build_net(config, channels):
+    """The network of a configuration: ARCHITECTURE's entries, arch and widths (one per stage)."""
+    options = {k: config[k] for k in ARCHITECTURE}
+    if config["arch"] == "separate":
+        net = Separate([UNet(channels, [width], **options) for width in config["widths"]])
+    else:
+        net = UNet(channels, config["widths"], **options)
+    return net.to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------
+# Noise levels and stages
+# ---------------------------------------------------------------------------------------------
+def sigma_of(t):
+    """VP: sigma_t of xt = s_t (x0 + sigma_t eps), for t in [0, 1] (float or tensor); float64. s_t is
+    scale_of(sigma_t), log SNR = -2 log sigma_t. The paper's text has the two garbled (D1)."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    return torch.expm1(BETA_D * t ** 2 / 2 + BETA_MIN * t).sqrt()
+
+
+def scale_of(sigma):
+    """VP: s_t, which keeps the variance: 1 / sqrt(1 + sigma_t^2)."""
+    return (1 + sigma ** 2) ** -0.5
+
+
+def t_of(sigma):
+    """Inverse of sigma_of: the t of the same signal-to-noise ratio; float64. METHOD: footnote 4: so the
+    edges of VP serve EDM as well."""
+    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    return ((BETA_MIN ** 2 + 2 * BETA_D * torch.log1p(sigma ** 2)).sqrt() - BETA_MIN) / BETA_D
+
+
+def check_edges(edges, name="--edges"):
+    """The edges as a list of floats, or ValueError if they do not rise strictly inside (0, 1)."""
+    if not isinstance(edges, (list, tuple)) or any(type(e) not in (int, float) for e in edges):
+        raise ValueError(f"{name}: the edges of the stages must be a list of numbers")
+    if any(not 0 < e < 1 for e in edges) or any(a >= b for a, b in zip(edges, edges[1:])):
+        raise ValueError(f"{name}: the edges of the stages must rise strictly inside (0, 1): {list(edges)}")
+    return [float(e) for e in edges]
+
+
+def stage_of(t, edges):
+    """METHOD: Sec. 3.1: the stage of a noise level: 0 for [0, t1), 1 for [t1, t2), ... t: a float gives an
+    int; a tensor (B,) gives int64 (B,), each sample its own."""
+    if isinstance(t, torch.Tensor):
+        return torch.bucketize(t, torch.tensor(edges, dtype=t.dtype, device=t.device), right=True)
+    return bisect_right(edges, t)
+
+
+def tailored_widths(edges, widths, edges_of_widths=PAPER_EDGES):
+    """METHOD: Eq. 23: decoder widths for the stages between `edges`: over each stage the mean, by
+    length, of `widths`, which belong to the stages of `edges_of_widths`; rounded to multiples of 4."""
+    found, known = [], [0, *edges_of_widths, 1]
+    for a, b in itertools.pairwise([0, *edges, 1]):
+        shares = [max(0, min(b, d) - max(a, c)) for c, d in itertools.pairwise(known)]
+        found.append(max(4, round(sum(s * w for s, w in zip(shares, widths)) / (b - a) / 4) * 4))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Method: clustering the noise levels by the optimal denoiser (Sec. 3.2, Appendix B)
+# ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def optimal_denoiser(xt, scale, sigma, data, part=2 ** 22):
+    """METHOD: Proposition 1: eps*(xt), the best eps_hat there is for the data set itself.
+
+    xt (B, ...) at scale and sigma ((B,) or floats) of any kernel N(scale x0, scale^2 sigma^2 I); data (N, ...).
+    Returns (B, ...). xt / scale - x0 is Gaussian, so the weights of the images are the softmax of
+    -|xt / scale - y|^2 / 2 sigma^2, and two matrix products do it all. The softmax is in float64: for small
+    sigma its arguments are in the millions. Memory: `part` weights at a time."""
+    B, device = len(xt), xt.device
+    scale, sigma = (torch.as_tensor(v, dtype=torch.float64, device=device).expand(B)[:, None]
+                    for v in (scale, sigma))
+    y = data.flatten(1).to(device, xt.dtype)
+    mean = y.mean(0)
+    y = y - mean                                         # smaller numbers, smaller rounding errors
+    half = y.square().sum(1) / 2
+    xhat, means = xt.flatten(1) / scale.to(xt.dtype), []
+    for x, s in zip(xhat.split(max(1, part // len(y))), sigma.split(max(1, part // len(y)))):
+        score = torch.addmm(half, x - mean, y.T, beta=-1).double()             # |x|^2 / 2 cancels
+        means.append((score / s ** 2).softmax(1).to(xt.dtype) @ y + mean)
+    return ((xhat - torch.cat(means)) / sigma.to(xt.dtype)).view_as(xt)
+
+
+def similarity_to_ends(data, samples, eta=ETA, seed=CLUSTER_SEED):
+    """METHOD: Algorithm 1, lines 3-9: similarity D of eps*_t to eps*_0 and eps*_1, sample by sample.
+
+    data (N, C, R, R) float. Returns t (K,), sorted, and the shares of pixels S0, S1, S1_xt (K,) that agree
+    within eta. eps*_0 is eps itself, exactly: at t = 0 only the own image is left. S1 compares with
+    eps*_1(x_1), as printed; S1_xt with what eps*_1 would say to xt, as the official code does (D3)."""
+    if len(data) < 2:
+        raise ValueError("clustering needs at least two images: for one, every noise level is alike")
+    g = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, len(data), (samples,), generator=g)
+    t = (T_FIRST + (1 - T_FIRST) * torch.rand(samples, generator=g, dtype=torch.float64)).sort().values
+    eps = torch.randn(samples, *data.shape[1:], generator=g)
+    mean, last, found = data.mean(0), sigma_of(1.0), []
+    rows = torch.arange(samples).split(1000)
+    for i in progress(rows, "cluster", 1000):
+        x0, z, sigma = data[index[i]], eps[i].to(data.device), sigma_of(t[i]).to(data.device)
+        xhat = x0 + sigma.to(x0.dtype).view(-1, 1, 1, 1) * z                   # scale 1: any scale gives the same
+        eps_t = optimal_denoiser(xhat, 1, sigma, data)
+        eps_1 = optimal_denoiser(x0 + float(last) * z, 1, last, data)
+        eps_mean = (xhat - mean) / sigma.to(x0.dtype).view(-1, 1, 1, 1)
+        found.append(torch.stack([((eps_t - other).abs() <= eta).flatten(1).double().mean(1).cpu()
+                                  for other in (z, eps_1, eps_mean)]))
+    return t, *torch.cat(found, 1)
+
+
+def first_and_last_crossing(t, similarity, alpha=ALPHA):
+    """METHOD: Eq. 7: two readings of "the largest tau with a running mean of at least alpha over [0, tau]"
+    where similarity (K,), at the rising t (K,), is not monotone: the tau at which the mean falls below
+    alpha for the first time (ours, D2), and the largest of all (the text's arg max)."""
+    enough = similarity.cumsum(0) / torch.arange(1, len(t) + 1) >= alpha
+    first = len(t) if enough.all() else int((~enough).int().argmax())          # samples before the first fall
+    last = int(enough.nonzero().max()) + 1 if enough.any() else 0
+    return [float(t[max(k - 1, 0)]) for k in (first, last)]
+
+
+def algorithm1(t, s0, s1, alpha=ALPHA):
+    """METHOD: Algorithm 1, lines 10-11: readings [(t1, t2) at the first crossing, (t1, t2) by arg max / min].
+    Eq. 8 is Eq. 7 seen from t = 1. The inputs are those that similarity_to_ends returns."""
+    low = first_and_last_crossing(t, s0, alpha)
+    high = [1 - v for v in first_and_last_crossing((1 - t).flip(0), s1.flip(0), alpha)]
+    return list(zip(low, high))
+
+
+@torch.no_grad()
+def similarity_map(data, samples, nodes, what="eps", eta=ETA, seed=CLUSTER_SEED):
+    """METHOD: Eq. 6: S(t_a, t_b) between all `nodes` (G,), float64 (G, G): mean over `samples` images of
+    the share of pixels that agree within eta; each image with one eps at all nodes (D4).
+    what: eps, the optimal eps_hat (the text); x0, the optimal x0_hat (the official code)."""
+    if len(data) < 2:
+        raise ValueError("clustering needs at least two images: for one, every noise level is alike")
+    g, G = torch.Generator().manual_seed(seed), len(nodes)
+    total, sigmas = torch.zeros(G, G, dtype=torch.float64), sigma_of(nodes)
+    index = torch.randint(0, len(data), (samples,), generator=g)
+    for i in progress(index.split(100), "similarity", 100):
+        x0, eps = data[i], torch.randn(len(i), *data.shape[1:], generator=g).to(data.device)
+        found = []
+        for sigma in sigmas:
+            xhat = x0 + sigma.to(x0) * eps
+            eps_hat = optimal_denoiser(xhat, 1, sigma, data)
+            found.append(eps_hat if what == "eps" else xhat - sigma.to(x0) * eps_hat)
+        for a, one in enumerate(found):
+            near = [((one - other).abs() <= eta).double().mean() for other in found[a:]]
+            total[a, a:] += torch.stack(near).cpu() * len(i)
+    return (total.triu() + total.triu(1).T) / samples
+
+
+def best_partition(cost, n, smallest=1, largest=None):
+    """METHOD: Algorithm 2, line 9, without a commercial solver: the n - 1 indices that cut 0 .. G-1 into n
+    runs of least total cost, exactly, by dynamic programming. cost (G, G + 1) float64: cost[i, j] of the
+    run i .. j-1. smallest, largest: allowed lengths of a run."""
+    G = len(cost)
+    length = torch.arange(G + 1) - torch.arange(G)[:, None]
+    allowed = (length >= smallest) & (length <= (largest or G))
+    cost = cost.where(allowed, torch.full_like(cost, math.inf))
+    best, froms = cost[0], []                            # best[j]: of 0 .. j-1 in the runs so far
+    for _ in range(n - 1):
+        best, i = (best[:G, None] + cost).min(0)
+        froms.append(i)
+    if not best[G] < math.inf:
+        raise ValueError(f"{n} stages do not fit on {G} noise levels")
+    cuts, j = [], G
+    for i in reversed(froms):
+        j = int(i[j])
+        cuts.insert(0, j)
+    return cuts
+
+
+def similarity_cost(similarity, mean=False):
+    """METHOD: Eq. 22 with its sign put right (D5): cost[i, j] = sum of 1 - S over the square i .. j-1.
+    mean: -mean of S over it, as the official code has it, which favours stages of a single level."""
+    G = len(similarity)
+    s = torch.zeros(G + 1, G + 1, dtype=torch.float64)
+    s[1:, 1:] = similarity.cumsum(0).cumsum(1)
+    i, j = torch.arange(G)[:, None], torch.arange(G + 1)[None]
+    square, size = s[j, j] - s[i, j] - s[j, i] + s[i, i], (j - i).clamp(min=1) ** 2
+    return -square / size if mean else size - square
+
+
+def centre_affinity_cost(affinity):
+    """Go et al. (Table 4): cost[i, j] = -sum of the affinity of i .. j-1 to their middle element."""
+    G = len(affinity)
+    s = F.pad(affinity.double().cumsum(1), (1, 0))
+    i, j = torch.arange(G)[:, None], torch.arange(G + 1)[None]
+    centre = (i + (j - i) // 2).clamp(0, G - 1)
+    return s[centre, i] - s[centre, j]
+
+
+def cluster_timesteps(method, n, data=None, samples=10_000, affinity=None):
+    """METHOD: Table 4: edges [t1 .. t_(n-1)] of n stages, and a report (a dict of what was found).
+
+    optimal: Algorithm 1 (n = 3) or 2; optimal2: Algorithm 2; both need data (N, C, R, R), float. time, snr
+    (Go et al.): no data. gradient (Go et al.): affinity (G, G) between G even noise levels, see
+    gradient_affinity."""
+    report = dict(clustering=method, n=n)
+    if n == 1:
+        edges = []
+    elif method == "optimal" and n == 3:
+        t, s0, s1, s1_xt = similarity_to_ends(data, samples)
+        readings = algorithm1(t, s0, s1_xt) + algorithm1(t, s0, s1)
+        names = ("first crossing, eps*_1 of xt", "arg max, eps*_1 of xt", "first crossing, eps*_1 of x_1",
+                 "arg max, eps*_1 of x_1")
+        bins = [(k * t.numel() // 100, (k + 1) * t.numel() // 100) for k in range(100)]
+        report.update(samples=samples, readings=dict(zip(names, readings)), curves=[
+            [round(float(v[a:b].mean()), 5) for v in (t, s0, s1_xt, s1)] for a, b in bins if b > a])
+        edges = readings[0]
+    elif method in ("optimal", "optimal2"):
+        nodes = torch.cat([T_FIRST + 0.05 * torch.arange(20), torch.ones(1)]).double()
+        maps = {what: similarity_map(data, max(1, samples // 20), nodes, what) for what in ("eps", "x0")}
+        middle = (nodes[1:] + nodes[:-1]) / 2
+        rules = ("least sum of 1 - S", "largest mean of S")
+        readings = {f"{rule}, {what}": [float(middle[c - 1]) for c in best_partition(similarity_cost(s, mean), n)]
+                    for mean, rule in enumerate(rules) for what, s in maps.items()}
+        report.update(samples=max(1, samples // 20), readings=readings, nodes=nodes.tolist(),
+                      map=[[round(v, 4) for v in row] for row in maps["eps"].tolist()])
+        edges = readings["least sum of 1 - S, eps"]
+    else:
+        t = torch.arange(1, 1001).double() / 1000 if affinity is None else \
+            torch.arange(1, len(affinity) + 1).double() / len(affinity)
+        level = t if method == "time" else 2 * sigma_of(t).log()
+        affinity = -(level[:, None] - level).abs() if affinity is None else affinity
+        cost, G = centre_affinity_cost(affinity), len(t)
+        edges = [float(t[c]) for c in best_partition(cost, n, G // (2 * n), -(-G // 2) if n > 1 else G)]
+    edges = [round(e, 4) for e in edges]
+    if len(check_edges(edges, f"clustering '{method}'")) != n - 1:
+        raise ValueError(f"clustering '{method}' found {len(edges) + 1} stages, not {n}")
+    return edges, dict(edges=edges, **report)
+
+
+def gradient_affinity(net, config, x, levels=100, batch=128, seed=CLUSTER_SEED):
+    """Go et al.: cosine similarities (levels, levels) of the gradients of a unified network's loss at even
+    noise levels t = 1 / levels .. 1, each with the same images of x (N, C, R, R) and the same eps (D6)."""
+    if config["arch"] != "unified":
+        raise ValueError("gradient clustering needs a checkpoint of --arch unified: one set of weights")
+    g, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
+    x0 = x[torch.randint(0, len(x), (batch,), generator=g)].to(device)
+    eps = torch.randn(x0.shape, generator=g).to(device)
+    rows = torch.empty(levels, sum(p.numel() for p in net.parameters()), device=device)
+    for k in progress(range(levels), "gradients", batch):
+        t = torch.full((batch,), (k + 1) / levels, dtype=torch.float64, device=device)
+        level = sigma_of(t) if config["diffusion"] == "edm" else t
+        net.zero_grad(set_to_none=True)
+        diffusion_loss(net, x0, level, eps, config["diffusion"], 0).backward()
+        rows[k] = F.normalize(torch.cat([p.grad.flatten() for p in net.parameters()]), dim=0)
+    return (rows @ rows.T).double().cpu()
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------
+def vp_eps(net, xt, t, stage):
+    """eps_hat of a VP network; t float or float64 (B,)."""
+    label = 999 * torch.as_tensor(t, dtype=torch.float64, device=xt.device).expand(len(xt))
+    return net(xt, label.float(), stage)
+
+
+def edm_x0(net, x, sigma, stage):
+    """x0_hat of an EDM network with its preconditioning, x = x0 + sigma eps; sigma float or float64 (B,)."""
+    sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))
+    s = sigma.view(-1, 1, 1, 1)
+    total = s ** 2 + SIGMA_DATA ** 2
+    c_skip, c_out, c_in = (c.to(x.dtype) for c in (SIGMA_DATA ** 2 / total, s * SIGMA_DATA / total.sqrt(),
+                                                   1 / total.sqrt()))
+    return c_skip * x + c_out * net(c_in * x, (sigma.log() / 4).float(), stage)
+
+
+# differs: two parameterisations, continuous noise levels
+def diffusion_loss(net, x0, level, eps, diffusion, stage):
+    """VP: mean squared error of eps_hat at t = level. EDM: weighted one of x0_hat at sigma = level.
+    level float64 (B,). METHOD: stage an int, the batch's one stage: no other decoder runs; or (B,)."""
+    sigma = level if diffusion == "edm" else sigma_of(level)
+    s = sigma.view(-1, 1, 1, 1).to(x0.dtype)
+    if diffusion == "edm":
+        weight = (s ** 2 + SIGMA_DATA ** 2) / (s * SIGMA_DATA) ** 2
+        return (weight * (edm_x0(net, x0 + s * eps, level, stage).float() - x0) ** 2).mean()
+    return F.mse_loss(vp_eps(net, scale_of(s) * (x0 + s * eps), level, stage).float(), eps)
+
+
+def stage_levels(u, stage, edges, diffusion):
+    """METHOD: Sec. 5, the official training: the noise levels of one stage at the quantiles u (B,), float64.
+    VP: t even in the stage, then t (1 - 1e-5) + 1e-5. EDM: its log-normal sigma, cut to the stage (D9)."""
+    low, high = ([0.0, *edges, 1.0][stage + i] for i in (0, 1))
+    if diffusion == "vp":
+        return (low + (high - low) * u) * (1 - 1e-5) + 1e-5
+    low, high = (v if v in (0.0, 1.0) else lognormal_cdf(v) for v in (low, high))
+    z = torch.special.ndtri((low + (high - low) * u).clamp(1e-12, 1 - 1e-12))
+    return (P_MEAN + P_STD * z).exp()
+
+
+def lognormal_cdf(t):
+    """Share of EDM's training noise levels below the sigma of t."""
+    return float(torch.special.ndtr((sigma_of(t).log() - P_MEAN) / P_STD))
+
+
+def stage_probabilities(edges, diffusion):
+    """METHOD: how often a training batch is of each stage: VP 1 / n each, EDM its log-normal's share, both
+    as in the official training (D8, D9)."""
+    if diffusion == "vp":
+        return [1 / (len(edges) + 1)] * (len(edges) + 1)
+    cdf = [0.0, *(lognormal_cdf(e) for e in edges), 1.0]
+    return [b - a for a, b in itertools.pairwise(cdf)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Samplers
+# ---------------------------------------------------------------------------------------------
+def solver_orders(nfe, order):
+    """Orders of DPM-Solver's singlestep steps that spend exactly `nfe` evaluations (the paper's DPM-Solver-
+    fast for order 3: 20 = 6 x 3 + 2)."""
+    if nfe < 1:
+        raise ValueError(f"{nfe} evaluations: at least one is needed")
+    if order == 3:
+        tail = {0: [2, 1], 1: [1], 2: [2]}[nfe % 3]
+        return [3] * ((nfe - sum(tail)) // 3) + tail
+    return [order] * (nfe // order) + [1] * (nfe % order)
+
+
+def dpm_solver_step(eps_model, x, lam, lam_next, order):
+    """DPM-Solver-1, -2 or -3 from lambda to lambda_next, lambda = -log sigma, in x = xt / s_t: there the
+    exact solution is x - integral of eps d(sigma). eps_model(x, lambda)."""
+    h, sigma = lam_next - lam, lambda v: math.exp(-v)
+    eps = eps_model(x, lam)
+    if order == 1:
+        return x - sigma(lam_next) * math.expm1(h) * eps
+    r1, r2 = (1 / 3, 2 / 3) if order == 3 else (1 / 2, None)
+    lam1 = lam + r1 * h
+    eps1 = eps_model(x - sigma(lam1) * math.expm1(r1 * h) * eps, lam1)
+    if order == 2:
+        return x - sigma(lam_next) * math.expm1(h) * (eps + (eps1 - eps) / (2 * r1))
+    lam2, phi = lam + r2 * h, math.expm1(r2 * h)
+    eps2 = eps_model(x - sigma(lam2) * (phi * eps + r2 / r1 * (phi / (r2 * h) - 1) * (eps1 - eps)), lam2)
+    phi = math.expm1(h)
+    return x - sigma(lam_next) * (phi * eps + (phi / h - 1) / r2 * (eps2 - eps))
+
+
+def dpm_solver_sample(eps_model, xt, nfe=20, order=3, t_end=T_END):
+    """DPM-Solver, singlestep, noise prediction: steps even in lambda (log SNR / 2) from t = 1 to t_end.
+
+    eps_model(xt, t) -> eps_hat, t a float, the same for the batch; xt (B, C, H, W): N(0, 1) at t = 1. The
+    result is at t_end: no last step to clean data, nothing clipped. METHOD: each evaluation, also those
+    inside a step, is of its own t and so of its own stage; no step is shortened at an edge."""
+    def at(x, lam):
+        sigma = math.exp(-lam)
+        return eps_model(x * scale_of(sigma), min(float(t_of(sigma)), 1.0))
+
+    first, last = -math.log(sigma_of(1.0)), -math.log(sigma_of(t_end))
+    orders, x = solver_orders(nfe, order), xt / scale_of(float(sigma_of(1.0)))
+    for k, p in enumerate(orders):
+        lam, lam_next = (first + (last - first) * i / len(orders) for i in (k, k + 1))
+        x = dpm_solver_step(at, x, lam, lam_next, p)
+    return x * scale_of(float(sigma_of(t_end)))
+
+
+def edm_sigmas(steps):
+    """EDM's ladder: `steps` noise levels from SIGMA_MAX down to SIGMA_MIN, then 0."""
+    a, b = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+    return [(a + (b - a) * k / max(steps - 1, 1)) ** RHO for k in range(steps)] + [0.0]
+
+
+def heun_sample(denoiser, x, sigmas):
+    """EDM's deterministic sampler, 2 len(sigmas) - 3 evaluations. denoiser(x, sigma) -> x0_hat, sigma a
+    float; x (B, C, H, W): N(0, sigmas[0]^2); sigmas descend, the last is 0."""
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        d = (x - denoiser(x, sigma)) / sigma
+        x_next = x + (sigma_next - sigma) * d
+        if sigma_next > 0:
+            d_next = (x_next - denoiser(x_next, sigma_next)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (d + d_next) / 2
+        x = x_next
+    return x
+
+
+# ---------------------------------------------------------------------------------------------
+# Search: the edges of the stages
+# ---------------------------------------------------------------------------------------------
+def draw_curves(path, curves, edges, height=200, scale=4):
+    """PNG of curves over t = 0 .. 1 (values 0 .. 1, one row of points each: t, then every curve) in black
+    and greys, the edges as light vertical lines."""
+    width = len(curves) * scale
+    image = torch.full((height, width), 1.0)
+    for edge in edges:
+        image[:, min(int(edge * width), width - 1)] = 0.5
+    for (a, *low), (b, *high) in itertools.pairwise(curves):
+        for grey, v, w in zip((-1.0, -0.4, 0.2), low, high):
+            for i in range(2 * scale + 1):
+                share = i / (2 * scale)
+                column, row = (a + (b - a) * share) * width, (v + (w - v) * share) * (height - 3)
+                column, row = min(int(column), width - 1), height - 2 - int(row)
+                image[row - 1:row + 1, column] = grey
+    save_grid(path, image[None, None], columns=1, scale=2)
+
+
+def plan_path(args):
+    """Where --search leaves its plan, and --train looks for it."""
+    unit = "_unit" if args.unit_range else ""
+    return Path(args.out) / f"plan_{args.clustering}_{args.stages}{unit}.json"
+
+
+# differs: another method
+def search(args, device):
+    """METHOD: Sec. 3.2, Table 4: clusters the noise levels of --data, writes plan.json and pictures."""
+    begun, affinity, data = time.time(), None, None
+    name = args.data or "fashion10k"
+    if args.clustering not in ("time", "snr"):
+        x, _, _ = load_images(name, args.res)
+        if len(x) < 2:
+            raise ValueError(f"clustering needs at least two images, --data {name} has {len(x)}")
+        data = to_float(x).to(device)
+    if args.clustering == "gradient":
+        find_checkpoint(args)
+        saved = load_checkpoint(args.checkpoint)
+        net = build_net(saved["args"], saved["channels"])
+        net.load_state_dict(saved["net"] if "net" in saved else saved["ema"])
+        affinity = gradient_affinity(net.to(device).eval(), saved["args"], data)
+    elif args.unit_range and data is not None:
+        data = (data + 1) / 2
+    edges, plan = cluster_timesteps(args.clustering, args.stages, data, args.samples, affinity)
+    seconds = round(time.time() - begun, 2)
+    plan = dict(plan, data=name, images=None if data is None else len(data), unit_range=args.unit_range,
+                sigmas=[round(float(sigma_of(e)), 4) for e in edges], seconds=seconds)
+    path = plan_path(args)
+    save_json(path, plan)
+    for reading, value in plan.get("readings", {}).items():
+        print(f"  {reading}: {[round(v, 4) for v in value]}")
+    if "curves" in plan:
+        draw_curves(path.with_suffix(".png"), plan["curves"], edges)
+    if "map" in plan:
+        picture = torch.tensor(plan["map"]).flip(0)[None, None] * 2 - 1        # S(0, 0) at the lower left
+        save_grid(path.with_suffix(".png"), picture, columns=1, scale=12)
+    write_line(args, dict(
+        experiment=args.experiment or "clustering", method=args.clustering, solver=None, data=name,
+        preset=args.preset, seed=CLUSTER_SEED, n=args.samples, extractor=None, fd=None, nfe=None,
+        macs_per_image=None, seconds_per_image=None, seconds=seconds, device=device_name(device),
+        torch=torch.__version__, images_seen=None, source_sha256=sha256_of(__file__),
+        plan={k: v for k, v in plan.items() if k not in ("curves", "map")}, args=plain_args(args)))
+    print(f"{args.clustering}: edges {edges} (sigma {plan['sigmas']}), {seconds} s: {path}")
+
+
+def find_edges(args):
+    """The edges for training: --edges, --plan FILE, what --search left under --out for the same data, or
+    None if there is nothing yet. Notes in args.clustering where they come from."""
+    if args.arch == "unified" or args.edges is not None:
+        args.clustering = "none" if args.arch == "unified" else "by hand"
+        return [] if args.arch == "unified" else check_edges(args.edges)
+    path = Path(args.plan) if args.plan else plan_path(args)
+    if not args.plan and not path.is_file():
+        return None
+    try:
+        plan = json.loads(path.read_text())
+        edges, data = plan["edges"], plan.get("data")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} is no plan (not JSON, or without edges)") from None
+    if not args.plan and data != (args.data or "fashion10k"):
+        return None                                                    # of other images
+    args.clustering = plan.get("clustering", "by hand")
+    return check_edges(edges, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Plans: what is sampled, as a small dict; the network; samples
+# ---------------------------------------------------------------------------------------------
+def run_sampler(net, config, z, solver, steps, t_end=T_END, trace=lambda t, stage: None):
+    """From noise z (B, C, R, R), N(0, 1), to images, with net(x, label, stage). steps: evaluations of
+    DPM-Solver, noise levels of Heun (2 steps - 1 evaluations). trace(t, stage): called at each evaluation."""
+    def stage_at(t):
+        stage = stage_of(t, config["edges"])                           # METHOD: of each evaluation by itself
+        trace(t, stage)
+        return stage
+
+    if solver == "heun":
+        sigmas = edm_sigmas(steps)
+        return heun_sample(lambda x, sigma: edm_x0(net, x, sigma, stage_at(float(t_of(sigma)))),
+                           z * sigmas[0], sigmas)
+    return dpm_solver_sample(lambda xt, t: vp_eps(net, xt, t, stage_at(t)), z, steps, SOLVERS[solver], t_end)
+
+
+# differs: one plan per solver and number of steps
+def make_plan(config, solver, steps, t_end=T_END):
+    """What is run: edges, and t and stage of each evaluation, taken from the executed sampler."""
+    if (solver == "heun") != (config["diffusion"] == "edm"):
+        raise ValueError(f"--solver {solver} is not for a network of --diffusion {config['diffusion']}: "
+                         "heun goes with edm, dpm1, dpm2 and dpm3 with vp")
+    if steps < 1:
+        raise ValueError(f"--steps {steps} must be at least 1")
+    seen = []
+    run_sampler(lambda x, label, stage: torch.zeros_like(x), config, torch.zeros(1, 1, 1, 1), solver, steps,
+                t_end, lambda t, stage: seen.append((round(t, 6), stage)))
+    stages = [stage for _, stage in seen]
+    return dict(arch=config["arch"], solver=solver, steps=steps, t_end=None if solver == "heun" else t_end,
+                edges=config["edges"], widths=config["widths"], taus=[t for t, _ in seen], stages=stages,
+                nfe=[stages.count(s) for s in range(len(config["widths"]))])
+
+
+# differs: the solver of the checkpoint's kind
+def get_plan(args, solver, steps):
+    """The plan for the loaded checkpoint; printed."""
+    plan = make_plan(args.config, solver, steps, args.t_end)
+    print(f"{method_name(args.config)} {solver}: {plan['nfe']} evaluations per stage, t {plan['taus']}")
+    return plan
+
+
+def method_name(config):
+    """Row of Table 3: multistage, unified, separate with +ES (early stopping), +TP (tailored parameters)."""
+    name = config["arch"] + "+ES" * config["early_stopping"]
+    return name + "+TP" * (config["arch"] == "separate" and len(set(config["widths"])) > 1)
+
+
+def load_net(args, device):
+    """The averaged network of the checkpoint; with early stopping, each stage's best."""
+    saved = load_checkpoint(args.checkpoint)
+    args.config, args.channels = saved["args"], saved["channels"]
+    args.data = args.data or args.config["data"]
+    args.solver = args.solver or ["heun" if args.config["diffusion"] == "edm" else "dpm3"]
+    args.steps = args.steps or [18 if args.solver == ["heun"] else 20]
+    args.seen = {k: saved[k] for k in ("images_seen", "step", "training_macs", "forward_macs")}
+    net = build_net(args.config, args.channels)
+    net.load_state_dict(saved["ema"] if saved.get("best") is None else saved["best"])
+    net = net.to(device).eval().requires_grad_(False)
+    return torch.compile(net) if args.compile else net
+
+
+# differs: one network, stages
+def sample(args, net, plan, seeds, device):
+    """uint8 images (n, C, R, R), seed by seed, of this process's share of the seeds."""
+    if not len(seeds):
+        raise ValueError("--n is smaller than the number of processes")
+    config, shape, parts = args.config, (args.channels, args.config["res"], args.config["res"]), []
+
+    def fast(x, label, stage):
+        with torch.no_grad(), autocast(device, args.precision):
+            return net(x.contiguous(memory_format=torch.channels_last), label, stage).float()
+
+    batches = torch.tensor(list(seeds)).split(250)
+    for batch in progress(batches, f"sample {plan['solver']}", len(batches[0])):
+        z = noise_for(batch.tolist(), shape).to(device)
+        x = run_sampler(fast, config, z, plan["solver"], plan["steps"], plan["t_end"])
+        parts.append(to_uint8(x).cpu())
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------------------------
+def autocast(device, precision):
+    """Context of bfloat16 arithmetic where it is wanted, or (auto) where the hardware has it."""
+    fast = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def save_checkpoint(path, **content):
+    """A plain dict of tensors and plain values, written to a temporary name and renamed."""
+    write_atomically(path, lambda part: torch.save(dict(script=SCRIPT, **content), part))
+
+
+# differs: the states have other names
+def load_checkpoint(path):
+    """A checkpoint or shipped weights of this script, on the CPU, floats as float32.
+    Raises OSError or ValueError with one line if it is missing, damaged or of another script."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise OSError(f"no checkpoint {path}: run --train first, or name one with --checkpoint") from None
+    except Exception as error:                       # torch raises many kinds for a damaged file
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
+    if not isinstance(saved, dict) or saved.get("script") != SCRIPT:
+        other = saved.get("script", "unknown") if isinstance(saved, dict) else "unknown"
+        raise ValueError(f"{path} is a checkpoint of '{other}', not of '{SCRIPT}'")
+    for key in ("net", "ema", "best"):
+        if isinstance(saved.get(key), dict):
+            saved[key] = {k: v.float() if v.is_floating_point() else v for k, v in saved[key].items()}
+    return saved
+
+
+def without_norms(net):
+    """The network with its norms left out: they cost no MACs, but most of the time of counting."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.GroupNorm):
+                setattr(module, name, nn.Identity())
+    return net
+
+
+# differs: of each stage, with the backward pass
+@functools.cache
+def network_macs(config, channels):
+    """MACs of one image in each stage: [(an evaluation, a training step with its backward pass), ...],
+    counted on the meta device; config as JSON."""
+    config = json.loads(config)
+    with torch.device("meta"):
+        net = without_norms(build_net(dict(config, dropout=0.0), channels))
+        x, t = torch.zeros(1, channels, config["res"], config["res"]), torch.zeros(1, dtype=torch.float64)
+
+    @torch.enable_grad()
+    def step(stage):
+        net.zero_grad(set_to_none=True)
+        diffusion_loss(net, x, t, x, config["diffusion"], stage).backward()
+    return [(count_macs(net, x, t, s), count_macs(step, s)) for s in range(len(config["widths"]))]
+
+
+# differs: METHOD: one stage per batch; budgets in MACs; early stopping
+def train(args, device, rank, world):
+    """METHOD: the official training: each batch is of one stage, drawn at random (D8). Returns the run's
+    checkpoint.
+
+    Every random draw of step k comes from a seed made of --seed and k: a resumed run needs no generator
+    state and equals an uninterrupted one. Every process draws the global batch and keeps its share:
+    the weights do not depend on the number of processes (up to rounding and dropout)."""
+    saved = {}
+    if args.resume:                                                    # its arguments, its folder
+        saved, run = load_checkpoint(args.checkpoint), Path(args.checkpoint).parent
+        if "optimizer" not in saved:
+            raise ValueError(f"--resume: {args.checkpoint} has weights only")
+        args = argparse.Namespace(**{**vars(args), **saved["args"]})
+    else:
+        name = [time.strftime("%Y%m%d-%H%M%S")]
+        if world > 1:
+            dist.broadcast_object_list(name)                           # the clocks may differ
+        run = Path(args.out) / name[0]
+        args.edges = find_edges(args)
+        args.widths = decoder_widths(args)
+    args.data = args.data or "fashion10k"
+    x, _, _ = load_images(args.data, args.res)
+    if len(x) < 2:
+        raise ValueError(f"--data {args.data} has {len(x)} image: nothing to learn from")
+    channels, args.res, n = x.shape[1], x.shape[-1], len(args.widths)
+    if args.batch % world:
+        raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
+    probability = args.stage_probability or stage_probabilities(args.edges, args.diffusion)
+    if len(probability) != n or min(probability) < 0 or abs(sum(probability) - 1) > 1e-6:
+        raise ValueError(f"--stage-probability: {n} shares that add up to 1 are needed, not {probability}")
+    config = {k: getattr(args, k) for k in (*PRESETS, "data", "preset", "arch", "diffusion", "edges", "seed",
+                                            "early_stopping", "stage_probability", "budget", "clustering")}
+    macs = network_macs(json.dumps(config), channels)
+    if args.budget and not args.resume:                                # METHOD: equal training MACs for all arms
+        a_step = sum(p * step for p, (_, step) in zip(probability, macs)) * args.batch
+        args.iters = config["iters"] = max(1, round(args.budget / a_step))
+    held_out, mine = None, slice(rank, None, world)
+    if args.early_stopping:                                            # the last images are not trained on (D10)
+        x, held_out = x.tensor_split([-max(1, min(1000, len(x) // 10))])
+        held_out = to_float(held_out).to(device)
+        z = noise_for(range(len(held_out)), tuple(held_out.shape[1:])).to(device)
+    torch.manual_seed(args.seed)
+    net = build_net(config, channels)
+    if args.res % net.multiple:
+        raise ValueError(f"the network halves its input: the resolution {args.res} must be a multiple of "
+                         f"{net.multiple}")
+    if rank == 0:
+        save_json(run / "args.json", config)                           # an unwritable folder fails here
+    print(f"{method_name(config)}: edges {args.edges}, widths {args.widths}, batches per stage "
+          f"{[round(p, 4) for p in probability]}, {args.iters} steps")
+    ema = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+    best = copy.deepcopy(ema) if args.early_stopping else None
+    net = net.to(device).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    step, spent, best_loss = 0, [0, 0], [math.inf] * n                 # spent: forward, with backward
+    if args.resume:
+        net.load_state_dict(saved["net"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, spent, best_loss = saved["step"], [saved["forward_macs"], saved["training_macs"]], saved["best_loss"]
+        if best is not None:
+            best.load_state_dict(saved["best"])
+    # The decoders of the other stages have no gradient in a step.
+    model = DistributedDataParallel(net, find_unused_parameters=n > 1) if world > 1 else net
+    model = torch.compile(model) if args.compile else model
+    loss_sum, count, begun = torch.zeros(n, device=device), [0] * n, time.time()
+    fall = max(1, args.decay * args.iters)
+
+    def fail(what):
+        good = run / "checkpoint.pt"
+        raise ValueError(f"the {what} not finite: stopped at step {step}; "
+                         + (f"the last good checkpoint is {good}; " if good.exists() else "") + "try a lower --lr")
+
+    def mean_loss():
+        if not loss_sum.isfinite().all():
+            fail("loss is")
+        return float(loss_sum.sum()) / max(sum(count), 1)
+
+    def keep_best():
+        for s in range(n):                                             # METHOD: ES, each stage by itself
+            u = (torch.arange(len(held_out)) + 0.5) / len(held_out)
+            levels = stage_levels(u.double(), s, args.edges, args.diffusion).to(device)
+            with torch.no_grad():
+                loss = float(sum(diffusion_loss(ema, *part, args.diffusion, s) * len(part[0]) for part in zip(
+                    held_out.split(250), levels.split(250), z.split(250)))) / len(held_out)
+            if loss < best_loss[s]:
+                best_loss[s] = loss
+                best.nets[s].load_state_dict(ema.nets[s].state_dict())
+
+    def save():
+        mean = mean_loss()
+        if not all(w.isfinite().all() for w in net.parameters()):
+            fail("weights are")
+        if best is not None:
+            keep_best()
+        result = measure_while_training() if args.fd_every and step % args.fd_every == 0 else {}
+        if rank > 0:
+            return
+        common = dict(step=step, channels=channels, args=config, images_seen=step * args.batch,
+                      forward_macs=spent[0], training_macs=spent[1])
+        state = ema.state_dict()
+        if step == args.iters:                                         # what is shipped
+            half = {k: v.half() for k, v in (state if best is None else best.state_dict()).items()}
+            save_checkpoint(run / "weights.pt", **common, ema=half)
+        save_checkpoint(run / "checkpoint.pt", **common, ema=state, net=net.state_dict(),
+                        optimizer=optimizer.state_dict(), best=best and best.state_dict(), best_loss=best_loss)
+        grid = argparse.Namespace(config=config, channels=channels, precision=args.precision)
+        plan = make_plan(config, *(("heun", 6) if args.diffusion == "edm" else ("dpm3", 10)))
+        save_grid(run / "samples.png", sample(grid, best or ema, plan, range(32), device))
+        each = [round(float(v) / c, 5) if c else None for v, c in zip(loss_sum, count)]
+        line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5), stages=each,
+                    training_macs=spent[1], images_per_s=round(sum(count) * args.batch / (time.time() - begun), 1),
+                    **result, **({"held_out": [round(v, 6) for v in best_loss]} if best else {}))
+        with open(run / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def measure_while_training():                                      # Fig. 1(d): FD against training compute
+        now = argparse.Namespace(**{**vars(args), "config": config, "channels": channels, "seeds": 1, "seed": 0,
+                                    "n": args.fd_n, "experiment": "curve", "solver": None, "steps": None})
+        now.solver = ["heun"] if args.diffusion == "edm" else ["dpm3"]
+        now.steps = [18 if args.diffusion == "edm" else 20]
+        now.seen = dict(images_seen=step * args.batch, step=step, training_macs=spent[1], forward_macs=spent[0])
+        return dict(fd=evaluate(now, best or ema, device, rank, world))
+
+    todo = range(step + 1, args.iters + 1)
+    for step in progress(todo, f"train {method_name(config)}", args.batch, note=lambda: f"loss {mean_loss():.4f}"):
+        torch.manual_seed(args.seed * 10_000_019 + step)
+        shares = list(itertools.accumulate(probability))               # METHOD: the stage of this batch
+        stage = min(bisect_right(shares, float(torch.rand(()))), max(s for s in range(n) if probability[s]))
+        i, u = torch.randint(0, len(x), (args.batch,)), torch.rand(args.batch, dtype=torch.float64)
+        level = stage_levels(u, stage, args.edges, args.diffusion)[mine].to(device)
+        x0 = to_float(x[i[mine]])
+        if args.flip:
+            x0 = torch.where(torch.rand(args.batch)[mine, None, None, None] < 0.5, x0.flip(-1), x0)
+        eps = torch.randn(args.batch, *x0.shape[1:])[mine]
+        x0, eps = x0.to(device), eps.to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, step / args.warmup, (args.iters + 1 - step) / fall)
+        with autocast(device, args.precision):
+            loss = diffusion_loss(model, x0, level, eps, args.diffusion, stage)
+        optimizer.zero_grad(set_to_none=True)                          # Adam leaves the other decoders alone
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        decay = min(args.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        spent = [v + m * args.batch for v, m in zip(spent, macs[stage])]
+        if sum(count) and (step - 1) % args.save_every == 0:           # a new window
+            loss_sum, count, begun = torch.zeros(n, device=device), [0] * n, time.time()
+        loss_sum[stage] += loss.detach()
+        count[stage] += 1
+        if step % 50 == 0:
+            mean_loss()                                                # stops at a NaN
+        if step % args.save_every == 0 or step == args.iters:
+            save()
+    return run / "checkpoint.pt"
+
+
+def decoder_widths(args):
+    """One width for each stage: --widths; the preset's for three stages; else Eq. 23 of the preset's."""
+    stages = len(args.edges) + 1
+    if args.own_widths:
+        if len(args.own_widths) != stages:
+            raise ValueError(f"--widths {args.own_widths}: {stages} stages need {stages} decoders, not "
+                             f"{len(args.own_widths)}")
+        return args.own_widths
+    if args.arch == "unified":
+        return [args.ch]
+    return args.widths if stages == len(args.widths) else tailored_widths(args.edges, args.widths)
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluate
+# ---------------------------------------------------------------------------------------------
+# differs: MACs of each stage
+def plan_macs(config, channels, plan):
+    """MACs per image of a plan: the sampler itself is run on the meta device; each evaluation counts what
+    its stage's decoder costs."""
+    total = [0]
+
+    def net(x, label, stage):
+        total[0] += network_macs(json.dumps(config), channels)[stage][0]
+        return torch.zeros_like(x)
+    z = torch.zeros(1, channels, config["res"], config["res"], device="meta")
+    run_sampler(net, config, z, plan["solver"], plan["steps"], plan["t_end"])
+    return total[0]
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def plain_args(args):
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("config", "seen")}
+
+
+def write_line(args, line):
+    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.results, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# differs: stages, training compute
+def append_result(args, device, plan, experiment, **measured):
+    """One line of results.jsonl: what was measured, under which conditions, by which source."""
+    config, macs = args.config, plan_macs(args.config, args.channels, plan)
+    per_evaluation = macs / sum(plan["nfe"])
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_net(config, args.channels).parameters())
+    write_line(args, dict(
+        experiment=experiment, method=method_name(config), solver=plan["solver"], data=args.data,
+        preset=config["preset"], clustering=config["clustering"], edges=config["edges"], widths=config["widths"],
+        training_seed=config["seed"], **measured, nfe=plan["nfe"], macs_per_image=macs,
+        macs_per_evaluation=per_evaluation, parameters=parameters, **args.seen,
+        table2_pmacs=per_evaluation * args.seen["step"] / 1e15,        # the paper's: per image, no backward
+        device=device_name(device), torch=torch.__version__, source_sha256=sha256_of(__file__), plan=plan,
+        args=plain_args(args)))
+
+
+# differs: stages
+def evaluate(args, net, device, rank, world):
+    """FD, inception score, MACs and seconds for every --solver, --steps and seed; image i of seed s comes
+    from seed s * n + i. One line of results each. Returns the last FD."""
+    x, _, captions = load_images(args.data, args.config["res"])
+    extractor, name = load_extractor(args.data, device, args.inception)
+    if args.n <= extractor.width:
+        raise ValueError(f"--n {args.n} is too small for FD with {extractor.width} features")
+    if x.shape[1:] != (args.channels, args.config["res"], args.config["res"]):
+        raise ValueError(f"--data {args.data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
+                         f"'{args.config['data']}'")
+    reference, fd = feature_stats(extract(extractor, x)[0]), None
+    for plan in [get_plan(args, *job) for job in itertools.product(args.solver, args.steps)]:
+        for seed in range(args.seed, args.seed + args.seeds):
+            seeds, begun = range(seed * args.n, (seed + 1) * args.n), time.time()
+            images = sample(args, net, plan, seeds[rank::world], device)
+            seconds = time.time() - begun
+            mine, second = (gather(part, world) for part in extract(extractor, images))
+            if rank > 0:
+                continue
+            logits = second if name == "inception" else class_logits(extractor, second, captions)
+            fd, (score, _) = frechet_distance(feature_stats(mine), reference), inception_score(logits)
+            append_result(args, device, plan, args.experiment or "evaluate", seed=seed, n=args.n,
+                          extractor=name, fd=fd, inception_score=score, seconds_per_image=seconds / args.n,
+                          processes=world)
+            print(f"{method_name(args.config)} {plan['solver']} {plan['nfe']} evaluations, seed {seed}: "
+                  f"FD[{name}]@{args.n} {fd:.3f}, score {score:.2f}, {seconds:.0f} s")
+    return fd
+
+
+# ---------------------------------------------------------------------------------------------
+# Ledger
+# ---------------------------------------------------------------------------------------------
+# Architectures: width of the encoder, widths of the decoders, printed parameters (M) and GFLOPs per stage,
+# of the shared part, in total. Table 7's shared parts are not printed. None: not printed.
+TABLE5 = ((128, [192, 128, 16], (169, 108, 47, 43, 237), (29.95, 17.65, 6.31, 5.75, 18.65)),
+          (160, [160, 128, 16], (168, 138, 72, 68, 242), (27.57, 21.73, 9.65, 8.98, 19.7)),
+          (192, [144, 112, 16], (189, 160, 103, 98, 256), (29.43, 23.91, 13.7, 12.93, 22.45)),
+          (192, [128, 64, 16], (174, 126, 103, 98, 207), (26.54, 17.62, 13.7, 12.93, 22.45)))
+TABLE6 = ((192, [224, 192, 160], (238, 189, 161, 79, 428), (80.03, 64.95, 51.87, 16.69, 65.75)),
+          (160, [224, 192, 128], (206, 158, 108, 55, 361), (72.61, 57.85, 34.38, 11.6, 54.37)),
+          (224, [224, 192, 128], (274, 224, 170, 108, 452), (88.39, 72.97, 48.17, 22.71, 69.22)),
+          (224, [256, 192, 128], (316, 224, 170, 108, 494), (105.82, 72.97, 48.17, 22.71, 76.19)))
+TABLE7 = ((128, [128], (108, None, None), (17.65, None, None)),
+          (64, [208, 128], (136, 95, None, 188), (26.59, 16.85, None, 21.49)),
+          (128, [192, 128, 16], (169, 108, 47, None, 230), (29.95, 17.65, 6.31, None, 18.65)),
+          (96, [208, 144, 112, 32], (159, 95, 71, 32, None, 284), (29.78, 16.85, 11.97, 4.41, None, 17.33)),
+          (64, [224, 160, 160, 64, 48], (154, 88, 88, 27, 21, None, 336),
+           (30.38, 16.82, 16.82, 4.42, 3.28, None, 17.03)))
+TABLE7_EDGES = ([], [0.476], [0.426, 0.626], [0.376, 0.526, 0.726], [0.376, 0.476, 0.626, 0.776])
+NOTES = {("Table 5, 4", "total", "G"): "the printed one is architecture 3's",
+         ("Table 7, 2", "stage 2", "M"): "the printed cell is stage 2 of n = 4 (width 144 on an encoder of 96); "
+                                         "136 M, 26.59 G and 188 M together fit widths 208, 128",
+         ("Table 7, 2", "stage 2", "G"): "as above", ("Table 7, 2", "total", "G"): "with 16.85: 21.49",
+         ("Table 7, 3", "total", "M"): "Table 5 prints 237 for the same network"}
+
+
+def count_both(layer, *inputs):
+    """(operations by the paper's rule, all MACs) of layer(*inputs) on the meta device. The paper's rule is
+    that of the torchstat package: multiply-accumulates and bias additions of nn.Conv2d, multiply-accumulates
+    of nn.Linear; not the attention layers and not the input pyramid (in the official code neither is an
+    nn.Conv2d), no norms."""
+    total, hooks = [0], []
+    left_out = {m for a in layer.modules() if isinstance(a, (Attention, PyramidDown)) for m in a.modules()}
+
+    def count(module, _, y):
+        total[0] += y.numel() * (module.weight[0].numel() + isinstance(module, nn.Conv2d))
+
+    for module in layer.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in left_out:
+            hooks.append(module.register_forward_hook(count))
+    macs = count_macs(layer, *inputs)
+    for hook in hooks:
+        hook.remove()
+    return total[0], macs
+
+
+def paper_config(preset, ch, widths, **more):
+    """Configuration of one of the paper's networks."""
+    config = {k: v[PRESET_NAMES.index(preset)] for k, v in PRESETS.items()}
+    return dict(config, ch=ch, widths=widths, arch="multistage", diffusion="vp", **more)
+
+
+@functools.cache
+def measure_network(config, channels=3):
+    """For a configuration as JSON: (parameters, the paper's operations, all MACs) of each stage, then of the
+    shared part; and the parameters in total."""
+    config = json.loads(config)
+    with torch.device("meta"):
+        net = build_net(config, channels).eval()
+        x, label = torch.zeros(1, channels, config["res"], config["res"]), torch.zeros(1)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (net.encoder, *net.decoders)]
+    inputs = without_norms(net).encoder(x, label)
+    calls = [(net.encoder, (x, label)), *((decoder, inputs) for decoder in net.decoders)]
+    shared, *found = [[size, *count_both(part, *given)] for size, (part, given) in zip(sizes, calls)]
+    return [[a + b for a, b in zip(shared, part)] for part in found] + [shared], sum(sizes)
+
+
+# differs: other tables
+def ledger(path):
+    """The paper's efficiency cells, computed now on the meta device, beside the printed values."""
+    rows = []
+
+    def row(table, cell, paper, ours, note=""):
+        rows.append(dict(table=table, cell=cell, paper=paper, ours=ours, note=note))
+        printed, value = ("-" if v is None else f"{v:,.3f}".rstrip("0").rstrip(".") if isinstance(v, float)
+                          else f"{v:,}" for v in (paper, ours))
+        print(f"{table:11} {cell:42} {printed:>10} {value:>14}  {note}")
+
+    def network(table, config, weights, printed_m, printed_g, weighted_by):
+        found, total = measure_network(json.dumps(config))
+        names = [f"stage {s + 1}" for s in range(len(config["widths"]))] + ["shared"]
+        for name, (parameters, flops, macs), m, g in zip(names, found, printed_m, printed_g):
+            row(table, f"{name}: parameters, M", m, parameters / 1e6, NOTES.get((table, name, "M"), ""))
+            row(table, f"{name}: GFLOPs", g, flops / 1e9,
+                f"{macs / 1e9:.3f} GMACs in all  {NOTES.get((table, name, 'G'), '')}".strip())
+        weighted = [sum(w * f[i] for w, f in zip(weights, found)) / sum(weights) / 1e9 for i in (1, 2)]
+        if len(names) > 2:
+            row(table, "total: parameters, M", printed_m[-1], total / 1e6, NOTES.get((table, "total", "M"), ""))
+            row(table, f"total: GFLOPs by {weighted_by}", printed_g[-1], weighted[0],
+                f"{weighted[1]:.3f} GMACs in all  {NOTES.get((table, 'total', 'G'), '')}".strip())
+        return [f[1] for f in found], weighted[0]
+
+    def lengths(edges):
+        return [b - a for a, b in itertools.pairwise([0, *edges, 1])]
+
+    totals = []
+    for i, (ch, widths, m, g) in enumerate(TABLE5, 1):
+        config = paper_config("paper", ch, widths)
+        flops, total = network(f"Table 5, {i}", config, lengths(TABLE7_EDGES[2]), m, g, "length")
+        totals.append(total)
+        nfe = make_plan(dict(config, edges=PAPER_EDGES), "dpm3", 20)["nfe"]
+        row(f"Table 5, {i}", f"total: GFLOPs by NFE {nfe}", None, sum(n * f for n, f in zip(nfe, flops)) / 20 / 1e9,
+            "what the caption says; the printed cells are by length of .426/.626" if i == 1 else "")
+    nodes = [stage_of((999 - 49.95 * k) / 1000, PAPER_EDGES) for k in range(20)]
+    nfe = [nodes.count(s) for s in range(3)]                           # of DPM-Solver++ 2M, 20 steps
+    for i, (ch, widths, m, g) in enumerate(TABLE6, 1):
+        _, total = network(f"Table 6, {i}", paper_config("paper-ldm", ch, widths), nfe, m, g, f"NFE {nfe}")
+        totals.append(total)
+    row("Table 6, 4", "total with attention in all decoders, M", None,
+        measure_network(json.dumps(paper_config("paper-ldm", *TABLE6[3][:2], attended=None)))[1] / 1e6,
+        "the official class leaves it out of decoders 2 and 3 (D15)")
+    for n, ((ch, widths, m, g), edges) in enumerate(zip(TABLE7, TABLE7_EDGES), 1):
+        network(f"Table 7, {n}", paper_config("paper", ch, widths), lengths(edges), m, g, "length")
+
+    def training(name, thousands, published, gflops, printed, batch, config, note=""):
+        row("Table 2", f"{name}: GFLOPs", published, gflops, note)
+        row("Table 2", f"{name}: PFLOPs as printed", printed, thousands * gflops / 1e3,
+            "GFLOPs x iterations: one image a step, no backward pass")
+        macs = [step for _, step in network_macs(json.dumps(config), 3)]
+        row("Table 2", f"{name}: training, EMACs", None, thousands * 1e3 * batch * sum(macs) / len(macs) / 1e18,
+            f"backward included, every image: batch {batch}, stages in equal shares")
+
+    unified = paper_config("paper", 128, [128])
+    flops = measure_network(json.dumps(unified))[0][0][1] / 1e9
+    training("CIFAR-10, DPM-Solver", 450, 17.65, flops, 7.94, 128, unified)
+    training("CIFAR-10, multistage", 250, 18.65, totals[0], 4.66, 128, paper_config("paper", *TABLE5[0][:2]))
+    row("Table 2", "CelebA 32, EDM: PFLOPs as printed", 10.06, 570 * flops / 1e3,
+        "17.65 is the DPM-Solver network; EDM's own has 21.03 G")
+    row("Table 2", "CelebA 32, multistage EDM: PFLOPs", 8.28, 430 * 19.25 / 1e3,
+        "of the printed 19.25 G, which no weighting of either network gives")
+    ldm = paper_config("paper-ldm", 224, [224], attended=None)
+    training("CelebA-HQ 256, LDM", 490, 88.39, measure_network(json.dumps(ldm))[0][0][1] / 1e9, 43.31, 48, ldm)
+    training("CelebA-HQ 256, multistage", 170, 76.19, totals[7], 12.95, 48, paper_config("paper-ldm", *TABLE6[3][:2]))
+    for method, printed in (("time", (0.330, 0.670)), ("snr", (0.348, 0.709))):
+        edges, _ = cluster_timesteps(method, 3)
+        for name, paper, ours in zip(("t1", "t2"), printed, edges):
+            row("Table 4", f"{method}: {name}", paper, ours)
+    for name, edge in (("sigma_1 of t1 = .442", 0.442), ("sigma_2 of t2 = .631", 0.631)):
+        row("footnote 4", name, None, float(sigma_of(edge)),
+            "the official EDM code has 7.6577, the sigma of .636" if edge > 0.5 else "as in the official code")
+    save_json(path, rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------
+# differs: other options
+def get_args(argv=None):
+    """The command line; what a preset sets is None here and filled in from it."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    do = p.add_argument_group("what to do, any subset, in this order")
+    do.add_argument("--search", "--cluster", action="store_true", help="cluster the noise levels: writes a plan")
+    for name, text in (("train", "one run"), ("sample", "a PNG of images"),
+                       ("evaluate", "FD, MACs, seconds: a line of results each"),
+                       ("ledger", "the paper's efficiency cells beside ours")):
+        do.add_argument(f"--{name}", action="store_true", help=text)
+    run = p.add_argument_group("run")
+    run.add_argument("--data", help="fashion10k (default: the checkpoint's), fashion, cifar10, emoji, or a folder")
+    run.add_argument("--preset", default="small", choices=PRESET_NAMES)
+    run.add_argument("--iters", type=int, help="training steps")
+    run.add_argument("--batch", type=int, help="images per training step, all processes together")
+    run.add_argument("--lr", type=float)
+    run.add_argument("--decay", type=float, help="last share of the steps, in which the learning rate falls")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--n", type=int, default=None, help="images (sample: 64, evaluate: 2000)")
+    run.add_argument("--steps", type=int, nargs="+", help="evaluations of DPM-Solver (20), noise levels of Heun (18)")
+    run.add_argument("--out", default=f"runs/{SCRIPT}", help="folder of runs, plans and samples")
+    run.add_argument("--checkpoint", help="default: the newest run under --out, else the shipped weights")
+    run.add_argument("--resume", action="store_true", help="with --train: go on with the newest run")
+    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    run.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    run.add_argument("--compile", action="store_true", help="torch.compile")
+    run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    run.add_argument("--fd-every", type=int, help="train: FD of --fd-n images every so many steps (Fig. 1d), "
+                     "a multiple of --save-every")
+    run.add_argument("--fd-n", type=int, default=2000)
+    run.add_argument("--seeds", type=int, default=1, help="evaluate: this many, from --seed on")
+    run.add_argument("--results", default=str(HERE / "results" / SCRIPT / "results.jsonl"))
+    run.add_argument("--experiment", help="name of the table or figure in the results")
+    run.add_argument("--inception", help="FD with Inception-v3: path of its weights, or 'download'")
+    m = p.add_argument_group("METHOD")
+    m.add_argument("--arch", default="multistage", choices=ARCHS, help="unified: the off switch")
+    m.add_argument("--diffusion", default="vp", choices=("vp", "edm"), help="vp: DPM-Solver's; edm: EDM's")
+    m.add_argument("--solver", nargs="+", choices=SOLVERS, help="vp: dpm3 (default), dpm2, dpm1; edm: heun")
+    m.add_argument("--t-end", type=float, default=T_END, help="last t of DPM-Solver")
+    m.add_argument("--clustering", default="optimal", choices=CLUSTERINGS, help="Table 4; gradient needs a "
+                   "checkpoint of a unified network")
+    m.add_argument("--stages", type=int, default=3, help="number of stages")
+    m.add_argument("--edges", type=float, nargs="+", help="of the stages, instead of a clustering's")
+    m.add_argument("--plan", help="a plan.json with the edges, instead of the newest of the same clustering")
+    m.add_argument("--samples", type=int, help="K of Algorithms 1 and 2 (its 21 levels count as 20)")
+    m.add_argument("--unit-range", action="store_true", help="cluster images in [0, 1], as the official code (D3)")
+    m.add_argument("--widths", dest="own_widths", type=int, nargs="+", help="base width of each decoder (TP), "
+                   "next to the data first; default: the preset's, or Eq. 23 of them")
+    m.add_argument("--early-stopping", action="store_true", help="ES, with --arch separate (D10)")
+    m.add_argument("--stage-probability", type=float, nargs="+", help="share of the batches of each stage (D8)")
+    m.add_argument("--budget", type=float, help="training MACs, backward included: sets --iters")
+    args = p.parse_args(argv)
+    for key, values in PRESETS.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, values[PRESET_NAMES.index(args.preset)])
+    for key in ("n", "iters", "batch", "seeds", "save_every", "fd_every", "fd_n", "stages", "samples"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+    if args.edges is not None:
+        args.stages = len(check_edges(args.edges)) + 1
+    if args.own_widths and min(args.own_widths) < 4:
+        raise ValueError(f"--widths {args.own_widths}: a decoder needs a width of at least 4")
+    if not T_FIRST / 100 <= args.t_end < 1:
+        raise ValueError(f"--t-end {args.t_end} is not in [{T_FIRST / 100:g}, 1)")
+    if args.early_stopping and args.arch != "separate":
+        raise ValueError("--early-stopping needs --arch separate: stages that share an encoder cannot stop apart")
+    if args.fd_every and args.fd_every % args.save_every:
+        raise ValueError(f"--fd-every {args.fd_every} is no multiple of --save-every {args.save_every}")
+    if args.budget is not None and args.budget <= 0:
+        raise ValueError(f"--budget {args.budget} must be positive")
+    if not any((args.train, args.search, args.sample, args.evaluate, args.ledger)):
+        p.error("nothing to do: give --search, --train, --sample, --evaluate or --ledger")
+    return args
+
+
+def find_checkpoint(args):
+    """--checkpoint, else the newest run under --out, else the shipped weights; printed."""
+    if args.checkpoint is None:
+        runs = sorted(Path(args.out).glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        if args.resume and not runs:
+            raise ValueError(f"--resume: no run under {args.out}")
+        args.checkpoint = str(runs[-1] if runs else HERE / "weights" / SCRIPT / "weights.pt")
+    print(f"checkpoint: {args.checkpoint}")
+
+
+# differs: the search comes before the training
+def main():
+    args = get_args()
+    device, rank, world = start_device(args.device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")                             # one process speaks
+    if args.train and not args.resume and not args.search and find_edges(args) is None:
+        args.search = True                                             # no edges yet
+    if args.search and rank == 0:
+        search(args, device)
+    if world > 1:
+        dist.barrier()                                                 # until the plan is written
+    if args.train:
+        if args.resume:
+            find_checkpoint(args)
+        args.checkpoint = str(train(args, device, rank, world))
+        if world > 1:
+            dist.barrier()                                             # until it is written
+    if args.sample or args.evaluate:
+        find_checkpoint(args)
+        net = load_net(args, device)
+    if args.sample:
+        plans = [get_plan(args, *job) for job in itertools.product(args.solver, args.steps)]
+        n, begun = args.n or 64, time.time()
+        seeds, columns = range(args.seed, args.seed + n), 8 if len(plans) == 1 else n
+        rows = [gather(sample(args, net, plan, seeds[rank::world], device), world) for plan in plans]
+        if rank == 0:
+            path = Path(args.out) / "samples.png"
+            save_grid(path, torch.cat(rows), columns)
+            print(f"{len(plans)} x {n} images, {time.time() - begun:.1f} s: {path}")
+    if args.evaluate:
+        args.n = args.n or 2000
+        evaluate(args, net, device, rank, world)
+    if args.ledger and rank == 0:
+        ledger(HERE / "results" / SCRIPT / "ledger.json")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{SCRIPT}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{SCRIPT}: interrupted; a training run goes on with --train --resume")

@@ -715,6 +715,7 @@ def edm_sigmas(steps):
     return [(a + (b - a) * k / max(steps - 1, 1)) ** RHO for k in range(steps)] + [0.0]
 
 
+# differs: no truncation, and it starts from noise at sigmas[0]
 def heun_sample(denoiser, x, sigmas):
     """EDM's deterministic sampler, 2 len(sigmas) - 3 evaluations. denoiser(x, sigma) -> x0_hat, sigma a
     float; x (B, C, H, W): N(0, sigmas[0]^2); sigmas descend, the last is 0."""

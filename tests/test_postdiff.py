@@ -518,18 +518,24 @@ class StandIn(types.ModuleType):
         return getattr(self, name)
 
 
+def put_stand_in():
+    """In place before anything imports diffusers, which looks for transformers once."""
+    import diffusers.utils.import_utils as available
+    for name in ("transformers", "transformers.utils", "tokenizers"):
+        stand_in = StandIn(name)
+        stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        stand_in.__path__, stand_in.__version__ = [], "4.57.6"
+        sys.modules[name] = stand_in
+    available._transformers_available, available._transformers_version = True, "4.57.6"
+
+
+if importlib.util.find_spec("diffusers") and not importlib.util.find_spec("transformers"):
+    put_stand_in()
+
+
 @pytest.fixture(scope="module")
 def diffusers():
-    module = pytest.importorskip("diffusers")
-    if importlib.util.find_spec("transformers") is None:
-        import diffusers.utils.import_utils as available
-        for name in ("transformers", "transformers.utils", "tokenizers"):
-            stand_in = StandIn(name)
-            stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-            stand_in.__path__, stand_in.__version__ = [], "4.57.6"
-            sys.modules[name] = stand_in
-        available._transformers_available, available._transformers_version = True, "4.57.6"
-    return module
+    return pytest.importorskip("diffusers")
 
 
 def unet(diffusers, **more):
@@ -550,16 +556,17 @@ def tiny_pipeline(diffusers, kind, folder):
     parts = dict(vae=vae, text_encoder=None, tokenizer=None)
     call = dict(prompt_embeds=randn(2, 7, 12), num_inference_steps=8, height=32, width=48, output_type="pt")
     null = dict(negative_prompt_embeds=randn(2, 7, 12, seed=1))
+    nothing = dict(safety_checker=None, image_encoder=None, feature_extractor=None, requires_safety_checker=False)
     if kind == "sd":
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline as Pipeline
-        parts.update(unet=unet(diffusers), scheduler=diffusers.DDIMScheduler(), safety_checker=None,
-                     feature_extractor=None, requires_safety_checker=False)
+        parts.update(unet=unet(diffusers), scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+                     **nothing)
         call.update(null)
     elif kind == "lcm":
         from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img import (
             LatentConsistencyModelPipeline as Pipeline)
-        parts.update(unet=unet(diffusers, time_cond_proj_dim=8), scheduler=diffusers.LCMScheduler(), safety_checker=None,
-                     feature_extractor=None, requires_safety_checker=False)
+        parts.update(unet=unet(diffusers, time_cond_proj_dim=8), scheduler=diffusers.LCMScheduler(),
+                     **nothing)
     elif kind == "sdxl":
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
             StableDiffusionXLPipeline as Pipeline)
@@ -577,7 +584,7 @@ def tiny_pipeline(diffusers, kind, folder):
         mask = dict(prompt_attention_mask=torch.ones(2, 7), negative_prompt_attention_mask=torch.ones(2, 7))
         call.update(null, **mask, negative_prompt=None, use_resolution_binning=False)
     Pipeline(**parts).save_pretrained(folder)
-    more = dict(safety_checker=None, requires_safety_checker=False) if kind in ("sd", "lcm") else {}
+    more = dict(nothing, text_encoder=None, tokenizer=None) if kind in ("sd", "lcm") else {}
     pipe = Pipeline.from_pretrained(folder, local_files_only=True, **more)
     pipe.set_progress_bar_config(disable=True)
 
@@ -708,3 +715,281 @@ def test_token_grid():
     assert p.token_grid(5 * 8, 9, 15) == (5, 8) and p.token_grid(135, 9, 15) == (9, 15)
     with pytest.raises(ValueError):
         p.token_grid(7, 8, 8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+TINY = "--preset tiny --precision fp32 --batch 8 --iters 20 --save-every 5".split()
+FEW = "--steps 4 --precision fp32".split()
+
+
+def start(*argv):
+    """`python postdiff.py ARGV` in this process: exit code, stdout, stderr."""
+    out, err, argv_before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = [str(SCRIPT), *map(str, argv)], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as error:
+        code = error.code or 0
+        if isinstance(code, str):                                    # what the interpreter does with it
+            code = print(code, file=err) or 1
+    finally:
+        sys.argv = argv_before
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def only(folder, pattern):
+    found = list(Path(folder).glob(pattern))
+    assert len(found) == 1, (pattern, found)
+    return found[0]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def one_line(result, *words):
+    lines = [s for s in result.err.splitlines() if not re.match(r"(train|sample)\b.* left ", s)]
+    assert result.code == 1 and len(lines) == 1 and "Traceback" not in result.err + result.out, result
+    assert lines[0].startswith("postdiff: error: ")
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    result = start("--train", *TINY, "--out", out)
+    assert result.code == 0, result.err
+    checkpoint = only(out, "*/checkpoint.pt")
+    return SimpleNamespace(out=out, run=checkpoint.parent, checkpoint=checkpoint)
+
+
+def test_train(trained):
+    saved = load(trained.checkpoint)
+    assert (saved["script"], saved["phase"], saved["step"], saved["images_seen"]) == ("postdiff", "base", 20, 160)
+    assert len(saved["words"]) == 1791 and "cat" in saved["words"] and not equal(saved["net"], saved["ema"])
+    log = lines_of(trained.run / "log.jsonl")
+    assert [line["step"] for line in log] == [5, 10, 15, 20] and 0 < log[-1]["loss"] < log[0]["loss"] < 2
+    assert not list(trained.out.rglob("*.part"))
+    small, large = ((trained.run / name).stat().st_size for name in ("weights.pt", "checkpoint.pt"))
+    assert small < large / 3
+
+
+def test_kill_and_resume(trained, tmp_path):
+    """Killed in mid-run, resumed: bit for bit the run that nothing interrupted."""
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--train", *TINY, "--out", str(tmp_path)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 200
+    while not list(tmp_path.glob("*/log.jsonl")) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    checkpoint = only(tmp_path, "*/checkpoint.pt")
+    assert 5 <= load(checkpoint)["step"] < 20, "the run was over before it was killed"
+    torch.rand(5)
+    result = start("--train", "--resume", "--save-every", 5, "--precision", "fp32", "--out", tmp_path)
+    assert result.code == 0, result.err
+    a, b = load(checkpoint), load(trained.checkpoint)
+    for key in ("net", "ema", "optimizer", "step", "words", "args"):
+        assert equal(a[key], b[key]), key
+
+
+def test_fine_tuning(trained, tmp_path):
+    """App. F on half the steps at half the resolution; the checkpoint decides the architecture."""
+    argv = ("--train", "--checkpoint", trained.run / "weights.pt", "--finetune-iters", 6, "--batch", 8, "--lr", 9,
+            "--precision", "fp32", "--out", tmp_path)
+    result = start(*argv)                                            # --preset small does not matter
+    assert result.code == 0, result.err
+    saved = load(only(tmp_path, "*/checkpoint.pt"))
+    assert saved["phase"] == "finetune" and saved["step"] == 26 and saved["args"]["ch"] == 8
+    assert saved["args"]["finetune_s"] == 0.5 and saved["words"] == load(trained.checkpoint)["words"]
+    moved = [float((saved["net"][k] - v.float()).abs().max()) for k, v in load(trained.run / "weights.pt")["ema"].items()]
+    assert 0 < max(moved) < 0.1
+
+
+def test_fine_tuning_draws_its_schedule(trained, tmp_path, monkeypatch):
+    """Low resolution with t in [T (1 - s), T), full below."""
+    seen, add_noise = [], common.add_noise
+
+    def noted(x0, eps, t, alpha_bar):
+        seen.append((x0.shape[-1], int(t.min()), int(t.max())))
+        return add_noise(x0, eps, t, alpha_bar)
+
+    monkeypatch.setattr(common, "add_noise", noted)
+    result = start("--train", "--checkpoint", trained.checkpoint, "--finetune-iters", 40, "--batch", 8, "--s", 0.2,
+                   "--save-every", 100, "--precision", "fp32", "--out", tmp_path)
+    assert result.code == 0, result.err
+    steps = [row for row in seen if len(row) == 3][:40]
+    low = [row for row in steps if row[0] == 8]
+    assert 1 <= len(low) <= 18 and all(row[1] >= 800 for row in low)
+    assert all(row[0] == 16 and row[2] < 800 for row in steps if row not in low)
+
+
+def test_sample(trained, tmp_path):
+    argv = ("--sample", *FEW, "--out", tmp_path, "--checkpoint", trained.checkpoint)
+    result = start(*argv, "--n", 4, "--method", *p.METHODS, "--prompt", "cat face zork")
+    assert result.code == 0 and "unknown words left out: zork" in result.err, result.err
+    image = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert image.shape == (4 * 34, 4 * 34, 3)
+    assert "postdiff ddim: 4 steps, 2 at 8x8; full pass every 2; guidance 2.0 in the first 3" in result.out
+    again = start(*argv, "--n", 2, "--seed", 2, "--prompt", "cat face")                # seed i makes image i
+    assert again.code == 0
+    mine = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert abs(mine[:34, :68].astype(int) - image[3 * 34:, 68:]).max() <= 2
+    # the weights to ship give the same but for half precision; other prompts other images
+    start(*argv[:-1], trained.run / "weights.pt", "--n", 2, "--seed", 2, "--prompt", "cat face")
+    assert abs(np.asarray(Image.open(tmp_path / "samples.png")).astype(int) - mine).mean() < 2
+    start(*argv, "--n", 2, "--seed", 2, "--prompt", "red heart")
+    assert (np.asarray(Image.open(tmp_path / "samples.png")) != mine).any()
+
+
+def test_off_switch_by_options(trained, tmp_path):
+    """postdiff with every flag off is base, pixel by pixel."""
+    images = []
+    for method in (("base",), ("postdiff", "--s", 0, "--k", 1, "--m", 1)):
+        assert start("--sample", "--n", 3, *FEW, "--out", tmp_path, "--checkpoint", trained.checkpoint, "--method",
+                     *method).code == 0
+        images.append((tmp_path / "samples.png").read_bytes())
+    assert images[0] == images[1]
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """400 of the images as the reference."""
+    load_images = common.load_images
+    monkeypatch.setattr(common, "load_images", lambda *args: tuple(
+        part[:400] if torch.is_tensor(part) else part for part in load_images(*args)))
+
+
+def test_evaluate(trained, tmp_path, few_images):
+    results = tmp_path / "new" / "results.jsonl"
+    result = start("--evaluate", "--n", 130, "--steps", 2, "--precision", "fp32", "--method", "base", "postdiff",
+                   "--checkpoint", trained.checkpoint, "--results", results, "--out", tmp_path, "--experiment", "fig5")
+    assert result.code == 0, result.err
+    base, ours = lines_of(results)
+    keys = ("experiment method solver data preset seed n extractor fd caption_score nfe macs_per_image relative_macs "
+            "seconds_per_image device torch images_seen source_sha256 args plan").split()
+    assert not set(keys) - base.keys() and base["experiment"] == "fig5" and base["n"] == 130
+    assert base["relative_macs"] == pytest.approx(0.1) and ours["relative_macs"] < 0.1 and ours["nfe"] == [1, 1]
+    assert base["extractor"] == "small-emoji of 16x16" and base["fd"] > 0 and -1 <= base["caption_score"] <= 1
+    assert base["source_sha256"] == common.sha256_of(SCRIPT) and base["images_seen"] == 160
+    assert f"FD[small-emoji of 16x16]@130 {base['fd']:.3f}" in result.out
+
+
+def test_search_and_profile(trained, tmp_path):
+    """Calibration writes the plan that --sample then runs."""
+    results = tmp_path / "results.jsonl"
+    result = start("--search", "--sample", "--profile", "--n", 2, "--calibration", 8, "--method", "mixed", "--s", 0, 0.5,
+                   "--steps", 2, 4, "--budget", 0.15, "--checkpoint", trained.checkpoint, "--plans", tmp_path,
+                   "--results", results, "--out", tmp_path, "--precision", "fp32")
+    assert result.code == 0, result.err
+    lines, best = lines_of(results), json.loads((tmp_path / "plan.json").read_text())
+    assert [(len(s["plan"]["taus"]), s["nfe"][0]) for s in lines] == [(2, 0), (2, 1), (4, 2)]  # (4, 0) costs 20 %
+    assert best == max(lines, key=lambda s: s["caption_score"])["plan"] and list(lines[0]["scores"]) == ["2", "4", "8"]
+    assert str(best["taus"]) in result.out.split("plan.json")[-1]
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert found["n"] == 2 and len(found["kinds"]["convolution"]) == 1
+
+
+def test_two_processes(trained, tmp_path):
+    """torchrun: the weights of one process, the images of one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", SCRIPT,
+               "--train", "--sample", "--n", "5", *FEW, *TINY, "--device", "cpu", "--out", tmp_path / "two"]
+    run = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    checkpoint = only(tmp_path / "two", "*/checkpoint.pt")
+    a, b = load(checkpoint), load(trained.checkpoint)
+    for key, value in a["ema"].items():
+        assert torch.allclose(value, b["ema"][key], atol=3e-4), key
+    assert start("--sample", "--n", 5, *FEW, "--checkpoint", checkpoint, "--out", tmp_path).code == 0
+    assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "two" / "samples.png").read_bytes()
+
+
+def test_bad_checkpoints(trained, tmp_path):
+    path, content = tmp_path / "checkpoint.pt", trained.checkpoint.read_bytes()
+    one_line(start("--sample", "--checkpoint", path, "--out", tmp_path), "no checkpoint", path)
+    for damaged in (content[:len(content) // 2], b"", b"text"):
+        path.write_bytes(damaged)
+        for action in (["--sample"], ["--train", *TINY]):
+            one_line(start(*action, "--checkpoint", path, "--out", tmp_path / "out"), path)
+    torch.save(dict(load(trained.checkpoint), script="c2f_trd"), path)
+    one_line(start("--sample", "--checkpoint", path, "--out", tmp_path / "out"), "c2f_trd")
+    shutil.copy(trained.run / "weights.pt", path)
+    one_line(start("--train", "--resume", "--checkpoint", path, "--out", tmp_path / "out"), "weights only")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--sample", "--prompt", ""], ["--prompt is empty"]), (["--sample", "--prompt", "cat", "  "], ["--prompt is empty"]),
+    (["--sample", "--prompt", "zork gnarf"], ["zork gnarf", "vocabulary"]), ("--sample --s 1", ["--s"]),
+    ("--sample --s -0.5", ["--s"]), ("--sample --s 0.01", ["0.01"]), ("--sample --m 1.5", ["--m"]),
+    ("--sample --m -1", ["--m"]), ("--sample --k 0", ["--k"]), ("--sample --beta 0.75", ["12", "multiple"]),
+    ("--sample --beta 0.3", ["0.3", "16"]), ("--sample --beta 0", ["--beta"]), ("--sample --depth 3", ["depth"]),
+    ("--sample --steps 0", ["0"]), ("--sample --steps 2000", ["2000"]), ("--sample --n 0", ["--n"]),
+    ("--sample --plan /nope.json", ["/nope.json"]), ("--evaluate --n 128", ["--n 128", "128"]),
+    ("--evaluate --data nonexist", ["nonexist"]), ("--evaluate --data fashion10k", ["fashion10k"]),
+    ("--search --calibration 4 --budget 0.01", ["budget"]), ("--search --calibration 0", ["--calibration"])])
+def test_bad_sampling(trained, tmp_path, argv, words):
+    argv = argv if isinstance(argv, list) else argv.split()
+    if "0.75" in argv:
+        argv = [*argv[:-1], "0.625"]                                 # 10 pixels: no multiple of 4
+        words = ["10", "multiple"]
+    one_line(start(*argv, "--checkpoint", trained.checkpoint, "--out", tmp_path, "--results", tmp_path / "r.jsonl",
+                   "--plans", tmp_path), *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--res 24", ["24"]), ("--res 2", ["2", "4"]), ("--data nonexist", ["nonexist"]), ("--batch 0", ["--batch"]),
+    ("--iters 0", ["--iters"]), ("--resume", ["--resume"])])
+def test_bad_training(tmp_path, argv, words):
+    one_line(start("--train", *TINY, *argv.split(), "--out", tmp_path / "out"), *words)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_nan_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    add_noise, calls = common.add_noise, []
+
+    def broken(*args):
+        calls.append(1)
+        return add_noise(*args) * (float("nan") if len(calls) > 7 else 1)
+
+    monkeypatch.setattr(common, "add_noise", broken)
+    result = start("--train", *TINY, "--out", tmp_path)
+    checkpoint = only(tmp_path, "*/checkpoint.pt")
+    one_line(result, "not finite", checkpoint)
+    assert load(checkpoint)["step"] == 5
+
+
+def test_pipeline_by_command(tmp_path, monkeypatch):
+    """Without a prompt, without diffusers, without such a pipeline: one line each."""
+    one_line(start("--pipeline", tmp_path), "--prompt")
+    one_line(start("--pipeline", tmp_path, "--prompt", " "), "--prompt")
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "diffusers", None)                    # an import of it fails
+        one_line(start("--pipeline", tmp_path, "--prompt", "cat"), "pip install diffusers")
+    if importlib.util.find_spec("diffusers"):
+        one_line(start("--pipeline", tmp_path, "--prompt", "cat"), tmp_path)
+
+
+def test_help_and_nothing_to_do():
+    result = start("--help")
+    assert result.code == 0 and all(f"{o} " in result.out or f"{o}\n" in result.out for o in (
+        "--data --preset --iters --batch --lr --seed --n --steps --out --checkpoint --resume --device --precision --train "
+        "--search --sample --evaluate --ledger --pipeline --prompt").split())
+    assert start().code == 2

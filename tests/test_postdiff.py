@@ -4,6 +4,7 @@ naive PostDiff; then its command line with the preset tiny.
 Tests that need diffusers are skipped where it is not installed (`pip install diffusers==0.42.1`).
 """
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
 import io
@@ -83,7 +84,7 @@ def test_stable_diffusions_network(sd):
     shallow = sd.count(deep=deep)[0]
     assert shallow == 128_674_856_960
     assert (shallow - sd.count(deep=deep, cross=cross)[0]) / 1e9 == pytest.approx(5.7759, rel=1e-3)
-    for depth, expected in ((0, .0466), (2, .2206), (4, .3768), (11, .7471)):  # measured on DeepCache's own helper
+    for depth, expected in ((0, .0466), (4, .3768)):                           # measured on DeepCache's own helper
         deep = sd.count(depth=depth)[2][1]
         assert sd.count(deep=deep, depth=depth)[0] / 1e12 == pytest.approx(expected, rel=3e-3)
 
@@ -142,7 +143,8 @@ def test_network_is_diffusers():
         assert float((net(xt, t, text)[0] - expected).norm() / expected.norm()) < 1e-5
     # and its shallow pass, from deep features of another input, is the adapter's
     grabbed = []
-    handle = theirs.up_blocks[-1].resnets[-2].register_forward_pre_hook(lambda m, args: grabbed.append(args[0][:, :-16]))
+    inner = theirs.up_blocks[-1].resnets[-2]
+    handle = inner.register_forward_pre_hook(lambda m, args: grabbed.append(args[0][:, :-16]))
     theirs(xt, t, text)
     handle.remove()
     _, deep, _ = net(xt, t, text)
@@ -297,7 +299,7 @@ def test_schedule(K, n_low, k, n_guided, choice, expected):
 @torch.no_grad()
 def test_caches_against_a_naive_sampler():
     """DeepCache and the frozen cross-attention written out step by step, with a net whose caches are real."""
-    net, K, m, w = awake_net(), len(TAUS), 5, 2.5
+    net, m, w, kept = awake_net(), 5, 2.5, None
     text2 = torch.cat([NULL, TEXT])
     for choice in ("cond", "uncond", "ave", "cfg"):
         xt, latest = randn(2, 3, 16, 16), {}
@@ -383,15 +385,15 @@ def test_cells_of_stable_diffusion(method, more, paper):
 def test_macs_of_a_plan_are_those_of_its_calls():
     """Counted once for each kind of call, the sum is that of a run in which every call is counted."""
     config = preset("tiny")
-    for method in p.METHODS:
-        plan = p.make_plan(method, config, steps=6)
+    for method in ("cache", "postdiff"):
+        plan = p.make_plan(method, config, steps=4)
         with torch.device("meta"):
             net = p.build_net(config, 3, 9).eval()
             noise, low = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 8, 8)
             text = torch.zeros(1, 6, dtype=torch.long)
         macs = common.count_macs(p.run_plan, net, plan, noise, low, text, ABAR)
         assert p.plan_macs(config, 3, 9, plan)[1] == macs
-    assert macs < 0.45 * p.plan_macs(config, 3, 9, p.make_plan("base", config, steps=6))[1]
+    assert macs < 0.45 * p.plan_macs(config, 3, 9, p.make_plan("base", config, steps=4))[1]
 
 
 @pytest.mark.parametrize("kind, papers", [("PixArt", (85.640, 66.990, 54.718))])
@@ -492,7 +494,7 @@ def test_loss_by_hand_and_it_learns_from_text():
     x0 = torch.ones(16, 1, 16, 16) * (2 * (torch.arange(16) % 2) - 1).view(-1, 1, 1, 1)       # white or black
     text = F.pad((1 + torch.arange(16) % 2)[:, None], (0, 5))
     t = torch.full((16,), 980)                                                 # nearly pure noise
-    for _ in range(60):
+    for _ in range(40):
         loss = p.diffusion_loss(net, x0, t, torch.randn_like(x0), ABAR, text)
         optimizer.zero_grad()
         loss.backward()
@@ -551,8 +553,9 @@ KINDS = ("sd", "lcm", "sdxl", "pixart")
 def tiny_pipeline(diffusers, kind, folder):
     """A pipeline of random weights without text encoders, saved to disk and loaded again; and its arguments."""
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-                                  up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+                                  down_block_types=("DownEncoderBlock2D",) * 2,
+                                  up_block_types=("UpDecoderBlock2D",) * 2)
     parts = dict(vae=vae, text_encoder=None, tokenizer=None)
     call = dict(prompt_embeds=randn(2, 7, 12), num_inference_steps=8, height=32, width=48, output_type="pt")
     null = dict(negative_prompt_embeds=randn(2, 7, 12, seed=1))
@@ -636,7 +639,7 @@ def test_low_cross_attentions_are_resized(pipeline):
     first, second = pipeline.run(), pipeline.run()
     remove()
     assert torch.equal(first, second) and first.isfinite().all()
-    assert [row[2] for row in state["log"]] == [8] * 4 + [16] * 4 and [row[5] for row in state["log"]] == [False] * 4 + [True] * 4
+    assert [(row[2], row[5]) for row in state["log"]] == [(8, False)] * 4 + [(16, True)] * 4
     assert {size for _, size in state["frozen"].values()} == {(16, 24)}
 
 
@@ -667,12 +670,13 @@ def test_mixed_resolution_of_a_pipeline_is_ours(diffusers, tmp_path):
 
     def net(xt, t, text, deep=None, cross=None, depth=1):
         """The U-Net with caches as explicit values, by the processors of the adapter."""
-        store = dict(cross={}, size=tuple(xt.shape[-2:]), frozen={n: (cross[n].flatten(2).transpose(1, 2), tuple(xt.shape[-2:]))
-                                                                  for n in names if n in cross})
-        before = pipe.unet.attn_processors
-        pipe.unet.set_attn_processor({n: p.CrossAttentionCache(n, f, store) if n in names else f for n, f in before.items()})
-        kept = []
-        handle = pipe.unet.up_blocks[-1].resnets[-2].register_forward_pre_hook(lambda m, a: kept.append(a[0][:, :-16]))
+        size, before, kept = tuple(xt.shape[-2:]), pipe.unet.attn_processors, []
+        store = dict(cross={}, size=size, frozen={n: (cross[n].flatten(2).transpose(1, 2), size)
+                                                  for n in names if n in cross})
+        pipe.unet.set_attn_processor({n: p.CrossAttentionCache(n, f, store) if n in names else f
+                                      for n, f in before.items()})
+        inner = pipe.unet.up_blocks[-1].resnets[-2]
+        handle = inner.register_forward_pre_hook(lambda m, a: kept.append(a[0][:, :-16]))
         with torch.no_grad():
             eps = (pipe.unet(xt, t, text).sample if deep is None else
                    p.shallow_pass(pipe.unet, deep, xt, t, text))
@@ -684,10 +688,6 @@ def test_mixed_resolution_of_a_pipeline_is_ours(diffusers, tmp_path):
 
     abar = torch.cat([pipe.scheduler.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])
     taus = pipe.scheduler.timesteps.tolist()
-    assert taus[-1] == 0 or len(taus) == 8
-    abar[-1] = abar[0]                                                         # DDIM's set_alpha_to_one off: see below
-    if pipe.scheduler.config.set_alpha_to_one:
-        abar[-1] = 1
     ours = p.mixed_resolution_sample(net, z, taus, abar, randn(2, 7, 12), randn(2, 7, 12, seed=1), 4.0, n_low=4,
                                      low_noise=low, k=2, n_guided=6)
     assert float((ours - latents).norm() / latents.norm()) < 1e-3
@@ -722,6 +722,13 @@ def test_token_grid():
 # ---------------------------------------------------------------------------------------------
 TINY = "--preset tiny --precision fp32 --batch 8 --iters 20 --save-every 5".split()
 FEW = "--steps 4 --precision fp32".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_is_read_once():
+    load_images, common.load_images = common.load_images, functools.cache(common.load_images)
+    yield
+    common.load_images = load_images
 
 
 def start(*argv):
@@ -818,7 +825,8 @@ def test_fine_tuning(trained, tmp_path):
     saved = load(only(tmp_path, "*/checkpoint.pt"))
     assert saved["phase"] == "finetune" and saved["step"] == 26 and saved["args"]["ch"] == 8
     assert saved["args"]["finetune_s"] == 0.5 and saved["words"] == load(trained.checkpoint)["words"]
-    moved = [float((saved["net"][k] - v.float()).abs().max()) for k, v in load(trained.run / "weights.pt")["ema"].items()]
+    before = load(trained.run / "weights.pt")["ema"]
+    moved = [float((saved["net"][k] - v.float()).abs().max()) for k, v in before.items()]
     assert 0 < max(moved) < 0.1
 
 
@@ -894,9 +902,9 @@ def test_evaluate(trained, tmp_path, few_images):
 def test_search_and_profile(trained, tmp_path):
     """Calibration writes the plan that --sample then runs."""
     results = tmp_path / "results.jsonl"
-    result = start("--search", "--sample", "--profile", "--n", 2, "--calibration", 8, "--method", "mixed", "--s", 0, 0.5,
-                   "--steps", 2, 4, "--budget", 0.15, "--checkpoint", trained.checkpoint, "--plans", tmp_path,
-                   "--results", results, "--out", tmp_path, "--precision", "fp32")
+    result = start("--search", "--sample", "--profile", "--n", 2, "--calibration", 8, "--method", "mixed",
+                   "--s", 0, 0.5, "--steps", 2, 4, "--budget", 0.15, "--checkpoint", trained.checkpoint,
+                   "--plans", tmp_path, "--results", results, "--out", tmp_path, "--precision", "fp32")
     assert result.code == 0, result.err
     lines, best = lines_of(results), json.loads((tmp_path / "plan.json").read_text())
     assert [(len(s["plan"]["taus"]), s["nfe"][0]) for s in lines] == [(2, 0), (2, 1), (4, 2)]  # (4, 0) costs 20 %
@@ -909,7 +917,8 @@ def test_search_and_profile(trained, tmp_path):
 def test_two_processes(trained, tmp_path):
     """torchrun: the weights of one process, the images of one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", SCRIPT,
-               "--train", "--sample", "--n", "5", *FEW, *TINY, "--device", "cpu", "--out", tmp_path / "two"]
+               "--train", "--sample", "--n", "5", *FEW, *TINY, "--save-every", 20, "--device", "cpu", "--out",
+               tmp_path / "two"]
     run = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     checkpoint = only(tmp_path / "two", "*/checkpoint.pt")
@@ -935,10 +944,11 @@ def test_bad_checkpoints(trained, tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--sample", "--prompt", ""], ["--prompt is empty"]), (["--sample", "--prompt", "cat", "  "], ["--prompt is empty"]),
+    (["--sample", "--prompt", ""], ["--prompt is empty"]),
+    (["--sample", "--prompt", "cat", "  "], ["--prompt is empty"]),
     (["--sample", "--prompt", "zork gnarf"], ["zork gnarf", "vocabulary"]), ("--sample --s 1", ["--s"]),
     ("--sample --s -0.5", ["--s"]), ("--sample --s 0.01", ["0.01"]), ("--sample --m 1.5", ["--m"]),
-    ("--sample --m -1", ["--m"]), ("--sample --k 0", ["--k"]), ("--sample --beta 0.75", ["12", "multiple"]),
+    ("--sample --m -1", ["--m"]), ("--sample --k 0", ["--k"]), ("--sample --beta 0.625", ["10", "multiple"]),
     ("--sample --beta 0.3", ["0.3", "16"]), ("--sample --beta 0", ["--beta"]), ("--sample --depth 3", ["depth"]),
     ("--sample --steps 0", ["0"]), ("--sample --steps 2000", ["2000"]), ("--sample --n 0", ["--n"]),
     ("--sample --plan /nope.json", ["/nope.json"]), ("--evaluate --n 128", ["--n 128", "128"]),
@@ -946,9 +956,6 @@ def test_bad_checkpoints(trained, tmp_path):
     ("--search --calibration 4 --budget 0.01", ["budget"]), ("--search --calibration 0", ["--calibration"])])
 def test_bad_sampling(trained, tmp_path, argv, words):
     argv = argv if isinstance(argv, list) else argv.split()
-    if "0.75" in argv:
-        argv = [*argv[:-1], "0.625"]                                 # 10 pixels: no multiple of 4
-        words = ["10", "multiple"]
     one_line(start(*argv, "--checkpoint", trained.checkpoint, "--out", tmp_path, "--results", tmp_path / "r.jsonl",
                    "--plans", tmp_path), *words)
     assert not list(tmp_path.iterdir())
@@ -990,6 +997,6 @@ def test_pipeline_by_command(tmp_path, monkeypatch):
 def test_help_and_nothing_to_do():
     result = start("--help")
     assert result.code == 0 and all(f"{o} " in result.out or f"{o}\n" in result.out for o in (
-        "--data --preset --iters --batch --lr --seed --n --steps --out --checkpoint --resume --device --precision --train "
-        "--search --sample --evaluate --ledger --pipeline --prompt").split())
+        "--data --preset --iters --batch --lr --seed --n --steps --out --checkpoint --resume --device --precision "
+        "--train --search --sample --evaluate --ledger --pipeline --prompt").split())
     assert start().code == 2

@@ -559,7 +559,7 @@ def check_plan(plan, config, name="plan"):
     whole("n_guided", 0, len(taus))
     whole("low", 1, config["res"])
     whole("k", 1, T)
-    whole("depth", 0, levels * (config["blocks"] + 1) - 2)                     # the stages but the innermost
+    whole("depth", 0, levels * (config["blocks"] + 1) - 1)                     # last of the stages
     multiple = patch * 2 ** (levels - 1)
     if plan["low"] % multiple:
         raise ValueError(f"{name}: the network halves its input: the low resolution {plan['low']} must be a "
@@ -720,40 +720,19 @@ def search(args, net, device):
     for n, scores in zip(sizes[:-1], zip(*found)):
         alike = ranked_alike(scores, [s[-1] for s in found])
         print(f"the first {n} images rank {100 * alike:.0f} % of the pairs of settings as all {args.calibration} do")
-    args.plan = args.plans / "plan.json"
-    save_json(args.plan, best)
-    print(f"best within {100 * args.budget:.0f} % of the MACs of {REFERENCE_STEPS} guided steps: {args.plan}")
+    path = args.plans / "plan.json"
+    save_json(path, best)
+    print(f"best within {100 * args.budget:.0f} % of the MACs of {REFERENCE_STEPS} guided steps: {path}")
 
 
-def draw_profile(args, net, unet, device):
-    """Fig. 7: profile.json and, with matplotlib, fig7.png beside the results."""
+def save_profile(args, net, unet, device):
+    """Fig. 7's data: profile.json beside the results; results/postdiff/figures.py draws it."""
     plan = make_plan("base", args.config, args.solver[0], args.steps[0], w=args.guidance, spacing=args.spacing)
     seeds = range(args.seed, args.seed + min(args.n or 64, 125))               # one batch
     found = dict(plan=plan, n=len(seeds), **profile(unet, lambda: sample(args, net, plan, seeds, device)))
-    folder = Path(args.results).parent
-    save_json(folder / "profile.json", found)
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print(f"{folder / 'profile.json'}; for the figure: pip install matplotlib")
-        return
-    figure, (a, b) = plt.subplots(1, 2, figsize=(11, 4))
-    names = ["down" + n[4:] for n in found["blocks"] if n.startswith("down")] + ["mid"] + [
-        n for n in found["blocks"] if n.startswith("up")]
-    image = a.imshow([found["blocks"][n] for n in names], aspect="auto", vmin=0, cmap="viridis")
-    a.set_yticks(range(len(names)), names, fontsize=6)
-    a.set(xlabel="step", title="(a) relative L1 distance of a block's outputs, step to step")
-    figure.colorbar(image, ax=a)
-    for kind, row in found["kinds"].items():
-        b.plot(range(1, len(plan["taus"])), row, label=kind)
-    b.set(xlabel="step", ylabel="root mean square", title="(b) distance by kind of layer")
-    b.legend()
-    figure.tight_layout()
-    write_atomically(folder / "fig7.png", lambda part: figure.savefig(part, format="png", dpi=120))
-    plt.close(figure)
-    print(f"profile of {len(seeds)} images: {folder / 'profile.json'}, {folder / 'fig7.png'}")
+    path = Path(args.results).parent / "profile.json"
+    save_json(path, found)
+    print(f"profile of {len(seeds)} images: {path}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1445,6 +1424,7 @@ def find_checkpoint(args):
     print(f"checkpoint: {args.checkpoint}")
 
 
+# differs: calibration, profile and pipelines
 def main():
     args = get_args()
     device, rank, world = start_device(args.device)
@@ -1461,11 +1441,13 @@ def main():
         net, unet = load_models(args, device, args.precision)
         if args.prompt:
             check_prompts(args.prompt, args.words)
+    by_data = argparse.Namespace(**{**vars(args), "prompt": None})       # measured on the data's captions
     if args.search and rank == 0:
-        search(args, net, device)
+        search(by_data, net, device)
     if world > 1:
         dist.barrier()
-        args.plan = args.plan or (str(args.plans / "plan.json") if args.search else None)
+    if args.search:
+        args.plan = by_data.plan = args.plans / "plan.json"
     if args.sample:
         plans, n, begun = get_plans(args), args.n or 64, time.time()
         seeds, columns = range(args.seed, args.seed + n), 8 if len(plans) == 1 else n
@@ -1475,9 +1457,10 @@ def main():
             save_grid(path, torch.cat(rows), columns)
             print(f"{len(plans)} x {n} images, {time.time() - begun:.1f} s: {path}")
     if args.evaluate:
-        evaluate(argparse.Namespace(**{**vars(args), "n": args.n or 2000}), net, device, rank, world)
+        by_data.n = args.n or 2000
+        evaluate(by_data, net, device, rank, world)
     if args.profile and rank == 0:
-        draw_profile(args, net, unet, device)
+        save_profile(args, net, unet, device)
     if args.ledger and rank == 0:
         ledger(HERE / "results" / SCRIPT / "ledger.json")
     if args.pipeline and rank == 0:

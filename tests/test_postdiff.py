@@ -155,7 +155,7 @@ def test_network_is_diffusers():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("depth", [0, 1, 3])
 def test_a_shallow_pass_with_fresh_features_is_the_full_pass(depth):
     net, xt, t = awake_net(), randn(2, 3, 16, 16), torch.tensor([5, 900])
     ran = []
@@ -465,7 +465,7 @@ def test_a_pixels_colour_of_area_averages():
 @pytest.mark.parametrize("changes", [
     dict(taus=[]), dict(taus=[5, 9]), dict(taus=[1000, 3]), dict(taus=[9.0, 3]), dict(taus=None), dict(n_low=20),
     dict(n_low=-1), dict(n_low=1.5), dict(n_guided=21), dict(low=6), dict(low=0), dict(low=32), dict(k=0), dict(k=None),
-    dict(depth=3), dict(depth=-1), dict(choice="x"), dict(solver="euler"), dict(method="x"), dict(w="3"), dict(w=None),
+    dict(depth=4), dict(depth=-1), dict(choice="x"), dict(solver="euler"), dict(method="x"), dict(w="3"), dict(w=None),
     dict(w=float("nan"))])
 def test_bad_plans(changes, tmp_path):
     config = preset("tiny")
@@ -949,7 +949,7 @@ def test_bad_checkpoints(trained, tmp_path):
     (["--sample", "--prompt", "zork gnarf"], ["zork gnarf", "vocabulary"]), ("--sample --s 1", ["--s"]),
     ("--sample --s -0.5", ["--s"]), ("--sample --s 0.01", ["0.01"]), ("--sample --m 1.5", ["--m"]),
     ("--sample --m -1", ["--m"]), ("--sample --k 0", ["--k"]), ("--sample --beta 0.625", ["10", "multiple"]),
-    ("--sample --beta 0.3", ["0.3", "16"]), ("--sample --beta 0", ["--beta"]), ("--sample --depth 3", ["depth"]),
+    ("--sample --beta 0.3", ["0.3", "16"]), ("--sample --beta 0", ["--beta"]), ("--sample --depth 4", ["depth"]),
     ("--sample --steps 0", ["0"]), ("--sample --steps 2000", ["2000"]), ("--sample --n 0", ["--n"]),
     ("--sample --plan /nope.json", ["/nope.json"]), ("--evaluate --n 128", ["--n 128", "128"]),
     ("--evaluate --data nonexist", ["nonexist"]), ("--evaluate --data fashion10k", ["fashion10k"]),

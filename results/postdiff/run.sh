@@ -17,7 +17,7 @@ if [ "$1" = once ]; then
   $run --sample --method base mixed postdiff --steps 20 8 --n 16 --out runs/postdiff-rows
   cp runs/postdiff-rows/samples.png results/postdiff/rows.png
   # Appendix A, Fig. 7
-  $run --profile --n 64
+  $run --profile --n 64                         # python results/postdiff/figures.py draws it, and fig4, 5, 8
   # Appendix D, Fig. 9: do small sets rank s as a large one does?  Then the calibration within 40 % of the MACs
   $run --search --method mixed --s 0 0.3 0.5 0.6 --calibration 2000 --experiment fig9 --plans runs/postdiff-fig9
   $run --search --method postdiff --steps 8 12 16 20 --s 0 0.3 0.5 0.6 --calibration 250 --budget 0.4 \

@@ -707,7 +707,7 @@ def search(args, net, device):
     def score(plan):
         begun, images = time.time(), sample(args, net, plan, seeds, device)
         seconds = (time.time() - begun) / len(images)
-        _, embeddings = extract(extractor, fit_extractor(images))
+        _, embeddings = extract(extractor, fit_extractor(images, extractor))
         scores = [caption_score(extractor, embeddings[:n], captions[:n]) for n in sizes]
         found.append(scores)
         append_result(args, device, plan, args.experiment or "calibration", seed=CALIBRATION_SEED, n=args.calibration,
@@ -963,17 +963,19 @@ def append_result(args, device, plan, experiment, **measured):
         file.write(json.dumps(line) + "\n")
 
 
-def fit_extractor(x):
-    """uint8 images at the 64 pixels of the emoji extractor: bilinear; larger or equal ones as they are."""
-    if x.shape[-1] >= 64:
+def fit_extractor(x, extractor):
+    """uint8 images at the size that the small extractor was trained on: smaller ones are enlarged, bilinear."""
+    size = 32 * extractor.patch
+    if x.shape[-1] >= size:
         return x
-    return F.interpolate(x.float(), size=64, mode="bilinear", align_corners=False).round().to(torch.uint8)
+    return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False).round().to(torch.uint8)
 
 
 def small_extractor(args, device):
-    """The small extractor, which knows captions, and its name in results: it says how images are enlarged for it."""
+    """The small extractor, which knows captions, and its name in results, which says what was enlarged for it."""
     extractor, name = load_extractor(args.data, device)
-    return extractor, name if args.config["res"] >= 64 else f"{name} of {args.config['res']}x{args.config['res']}"
+    res = args.config["res"]
+    return extractor, f"{name} of {res}x{res}" if res < 32 * extractor.patch else name
 
 
 # differs: caption score; no classes
@@ -987,7 +989,7 @@ def evaluate(args, net, device, rank, world):
     if x.shape[1] != args.channels:
         raise ValueError(f"--data {args.data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
                          f"'{args.config['data']}'")
-    features, embeddings = extract(extractor, fit_extractor(x))
+    features, embeddings = extract(extractor, fit_extractor(x, extractor))
     reference = feature_stats(features)
     print(f"the data's own caption score: {caption_score(extractor, embeddings, captions):.4f}")
     for plan in get_plans(args):
@@ -995,7 +997,7 @@ def evaluate(args, net, device, rank, world):
             seeds, begun = range(seed * args.n, (seed + 1) * args.n), time.time()
             images = sample(args, net, plan, seeds[rank::world], device)
             seconds = time.time() - begun
-            mine, embeddings = (gather(part, world) for part in extract(extractor, fit_extractor(images)))
+            mine, embeddings = (gather(part, world) for part in extract(extractor, fit_extractor(images, extractor)))
             if rank > 0:
                 continue
             fd = frechet_distance(feature_stats(mine), reference)
@@ -1210,7 +1212,7 @@ def sample_pipeline(args, device):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise ValueError(f"no pipeline {args.pipeline} ({reason})") from None
     mixed, cached = args.method[0] in ("mixed", "postdiff"), args.method[0] in ("cache", "postdiff")
-    state, _ = apply_postdiff(pipe, args.beta[0], args.s[0] if mixed else 0, args.k[0] if cached else 1,
+    state, remove = apply_postdiff(pipe, args.beta[0], args.s[0] if mixed else 0, args.k[0] if cached else 1,
                               args.m[0] if cached else 1, args.choice[0], args.guidance)
     for j, prompt in enumerate(args.prompt):
         options = {} if args.guidance is None else dict(guidance_scale=args.guidance)
@@ -1226,6 +1228,7 @@ def sample_pipeline(args, device):
             path = Path(args.out) / f"pipeline_{j}_{args.seed + i}.png"
             write_atomically(path, lambda part, image=image: image.save(part, "PNG"))
             print(path)
+    remove()
 
 
 # ---------------------------------------------------------------------------------------------

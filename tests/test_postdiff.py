@@ -994,6 +994,26 @@ def test_pipeline_by_command(tmp_path, monkeypatch):
         one_line(start("--pipeline", tmp_path, "--prompt", "cat"), tmp_path)
 
 
+def test_pipeline_by_command_makes_images(diffusers, tmp_path, monkeypatch):
+    """Stable Diffusion's pipeline with a stand-in for its text encoder; --method base is the pipeline alone."""
+    pipe, _ = tiny_pipeline(diffusers, "sd", tmp_path / "pipe")
+    pipe.encode_prompt = lambda prompt, device, n, guided, *args, **kw: (
+        randn(1, 7, 12, seed=len(prompt)).expand(n, -1, -1), randn(1, 7, 12).expand(n, -1, -1))
+    asked = []
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *a, **kw: asked.append(a) or pipe)
+    argv = ("--pipeline", tmp_path / "pipe", "--prompt", "cat", "red heart", "--steps", 4, "--n", 2, "--device", "cpu")
+    step = pipe.scheduler.step
+    result = start(*argv, "--out", tmp_path / "out")
+    assert result.code == 0 and asked[0] == (str(tmp_path / "pipe"),), result.err
+    assert "1 x 4x4, 1 x 4x4 shallow, 1 x 8x8, 1 x 8x8 frozen" in result.out
+    images = [np.asarray(Image.open(tmp_path / "out" / f"pipeline_{j}_{i}.png")) for j in (0, 1) for i in (0, 1)]
+    assert all(a.shape == (16, 16, 3) for a in images) and len({a.tobytes() for a in images}) == 4
+    assert "forward" not in vars(pipe.unet) and pipe.scheduler.step == step    # it is as it was
+    assert start(*argv, "--method", "base", "--out", tmp_path / "base").code == 0
+    base = np.asarray(Image.open(tmp_path / "base" / "pipeline_0_1.png"))
+    assert (base != images[1]).any()
+
+
 def test_help_and_nothing_to_do():
     result = start("--help")
     assert result.code == 0 and all(f"{o} " in result.out or f"{o}\n" in result.out for o in (

@@ -419,7 +419,7 @@ def test_macs_of_a_plan_are_those_of_its_calls():
             text = torch.zeros(1, 6, dtype=torch.long)
         macs = common.count_macs(p.run_plan, net, plan, noise, low, text, ABAR)
         assert p.plan_macs(config, 3, 9, plan)[1] == macs
-    assert macs < 0.45 * p.plan_macs(config, 3, 9, p.make_plan("base", config, steps=4))[1]
+    assert macs < 0.5 * p.plan_macs(config, 3, 9, p.make_plan("base", config, steps=4))[1]
 
 
 @pytest.mark.parametrize("kind, papers", [("PixArt", (85.640, 66.990, 54.718))])

@@ -517,20 +517,20 @@ def test_loss_by_hand_and_it_learns_from_text():
     torch.manual_seed(0)
     net, losses = p.build_net(preset("tiny"), 1, 2), []
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    x0 = torch.ones(16, 1, 16, 16) * (2 * (torch.arange(16) % 2) - 1).view(-1, 1, 1, 1)       # white or black
+    x0 = torch.ones(16, 1, 4, 4) * (2 * (torch.arange(16) % 2) - 1).view(-1, 1, 1, 1)         # white or black
     text = F.pad((1 + torch.arange(16) % 2)[:, None], (0, 5))
-    t = torch.full((16,), 980)                                                 # nearly pure noise
-    for _ in range(40):
+    t = torch.full((16,), 500)                                                 # 16 noisy pixels leave it open which
+    for _ in range(80):
         loss = p.diffusion_loss(net, x0, t, torch.randn_like(x0), ABAR, text)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     with torch.no_grad():
-        z = torch.randn(16, 1, 16, 16)
+        z = torch.randn(16, 1, 4, 4)
         swapped = p.diffusion_loss(net, x0, t, z, ABAR, text.roll(1, 0)).item()
         right = p.diffusion_loss(net, x0, t, z, ABAR, text).item()
-    assert losses[-1] < 0.3 * losses[0] and right < swapped
+    assert losses[-1] < 0.3 * losses[0] and right < 0.7 * swapped, (losses[-1], right, swapped)
 
 
 # ---------------------------------------------------------------------------------------------

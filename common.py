@@ -286,7 +286,8 @@ def macs_by_operator(fn, *inputs):
     own counter; see count_macs. On the meta device attention's products are aten.bmm."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         fn(*inputs)
-    return {str(op): n // 2 for op, n in counter.get_flop_counts()["Global"].items()}      # 2 FLOPs a MAC
+    counts = counter.get_flop_counts().get("Global", {})                       # none, if nothing was counted
+    return {str(op): n // 2 for op, n in counts.items()}                       # 2 FLOPs a MAC
 
 
 def count_macs(fn, *inputs):

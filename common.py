@@ -281,13 +281,20 @@ def save_grid(path, x, columns=8, scale=2):
 # ---------------------------------------------------------------------------------------------
 # Cost
 # ---------------------------------------------------------------------------------------------
+def macs_by_operator(fn, *inputs):
+    """Multiply-accumulates of the call fn(*inputs) as {name of torch's operator: MACs}, executed under torch's
+    own counter; see count_macs. On the meta device attention's products are aten.bmm."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fn(*inputs)
+    counts = counter.get_flop_counts().get("Global", {})                       # none, if nothing was counted
+    return {str(op): n // 2 for op, n in counts.items()}                       # 2 FLOPs a MAC
+
+
 def count_macs(fn, *inputs):
     """Multiply-accumulates of the call fn(*inputs), executed under torch's own counter: convolutions,
     linear layers, attention products. Build fn and inputs on the meta device: nothing is computed, and
     attention counts exactly (on CPU tensors the fused attention kernel reads 0)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        fn(*inputs)
-    return counter.get_total_flops() // 2                                      # 2 FLOPs a MAC
+    return sum(macs_by_operator(fn, *inputs).values())
 
 
 # ---------------------------------------------------------------------------------------------

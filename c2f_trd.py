@@ -902,7 +902,8 @@ def append_result(args, device, plan, experiment, **measured):
     full = plan_macs(args.config, args.channels, make_plan("base", "ddim", 0, REFERENCE_STEPS))[0]
     cpu = "" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cpu}"
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "config"}
+    plain = {k: str(v).replace(f"{HERE}/", "") if isinstance(v, (str, Path)) else v
+             for k, v in vars(args).items() if k != "config"}
     line = dict(experiment=experiment, method=plan["method"], solver=plan["solver"], data=args.data,
                 preset=args.config["preset"], strategy=args.config["strategy"], low=args.config["low"],
                 **measured, nfe=nfe, macs_per_image=macs, relative_macs=macs / full, device=name,

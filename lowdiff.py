@@ -912,7 +912,8 @@ def append_result(args, device, plan, experiment, **measured):
     full = plan_macs(edm, args.channels, make_plan(edm["stages"]))[0]
     cpu = "" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cpu}"
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "config"}
+    plain = {k: str(v).replace(f"{HERE}/", "") if isinstance(v, (str, Path)) else v
+             for k, v in vars(args).items() if k != "config"}
     line = dict(experiment=experiment, method=config["arch"], solver="heun", data=args.data,
                 preset=config["preset"], stages=config["stages"], cond=config["cond"], up=config["up"],
                 cond_scale=config["cond_scale"], told=config["told"], **measured, nfe=nfe, macs_per_image=macs,

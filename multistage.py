@@ -70,6 +70,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (HERE, class_logits, count_macs, extract, feature_stats, frechet_distance, gather,
@@ -732,21 +733,28 @@ def heun_sample(denoiser, x, sigmas):
 # ---------------------------------------------------------------------------------------------
 # Search: the edges of the stages
 # ---------------------------------------------------------------------------------------------
-def draw_curves(path, curves, edges, height=200, scale=4):
-    """PNG of curves over t = 0 .. 1 (values 0 .. 1, one row of points each: t, then every curve) in black
-    and greys, the edges as light vertical lines."""
-    width = len(curves) * scale
-    image = torch.full((height, width), 1.0)
+def draw_curves(path, curves, edges, names=("S0: to eps", "S1: to eps*_1 of xt", "S1: to eps*_1 of x_1")):
+    """PNG of curves over t = 0 .. 1, values 0 .. 1 (rows of t and every curve's value), and of the edges."""
+    image = Image.new("RGB", (760, 440), "white")
+    draw, colours = ImageDraw.Draw(image), ("black", "crimson", "steelblue")
+
+    def at(t, v):                                                      # position of a point, in pixels
+        return 50 + 680 * t, 400 - 370 * v
+
+    for k in range(0, 11, 2):
+        draw.line([at(k / 10, 0), at(k / 10, 1)], "gainsboro")
+        draw.line([at(0, k / 10), at(1, k / 10)], "gainsboro")
+        draw.text(at(k / 10, 0), f"{k / 10:g}", "black", anchor="mt")
+        draw.text(at(-0.01, k / 10), f"{k / 10:g}", "black", anchor="rm")
     for edge in edges:
-        image[:, min(int(edge * width), width - 1)] = 0.5
-    for (a, *low), (b, *high) in itertools.pairwise(curves):
-        for grey, v, w in zip((-1.0, -0.4, 0.2), low, high):
-            for i in range(2 * scale + 1):
-                share = i / (2 * scale)
-                column, row = (a + (b - a) * share) * width, (v + (w - v) * share) * (height - 3)
-                column, row = min(int(column), width - 1), height - 2 - int(row)
-                image[row - 1:row + 1, column] = grey
-    save_grid(path, image[None, None], columns=1, scale=2)
+        draw.line([at(edge, 0), at(edge, 1)], "darkorange", width=2)
+        draw.text(at(edge, 1), f"{edge:.3f}", "darkorange", anchor="mb")
+    t, *values = zip(*curves)
+    for i, (name, colour, curve) in enumerate(zip(names, colours, values)):
+        draw.line([at(*point) for point in zip(t, curve)], colour, width=2)
+        draw.text(at(0.02, 0.6 - 0.05 * i), name, colour, anchor="lm")
+    draw.text(at(0.5, -0.06), "t", "black", anchor="mt")
+    write_atomically(path, lambda part: image.save(part, "PNG"))
 
 
 def plan_path(args):
@@ -1151,7 +1159,8 @@ def device_name(device):
 
 
 def plain_args(args):
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("config", "seen")}
+    return {k: str(v).replace(f"{HERE}/", "") if isinstance(v, (str, Path)) else v
+            for k, v in vars(args).items() if k not in ("config", "seen")}
 
 
 def write_line(args, line):

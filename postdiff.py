@@ -952,7 +952,8 @@ def append_result(args, device, plan, experiment, **measured):
     macs = plan_macs(args.config, args.channels, len(args.words), plan)[1]
     cpu = "" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cpu}"
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("config", "words")}
+    plain = {k: str(v).replace(f"{HERE}/", "") if isinstance(v, (str, Path)) else v
+             for k, v in vars(args).items() if k not in ("config", "words")}
     line = dict(experiment=experiment, method=plan["method"], solver=plan["solver"], data=args.data,
                 preset=args.config["preset"], phase=args.config["phase"], **measured,
                 nfe=[plan["n_low"], len(plan["taus"]) - plan["n_low"]], macs_per_image=macs,

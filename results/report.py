@@ -158,6 +158,31 @@ def table_class(rows):
     return out
 
 
+def table_ledgers():
+    """The cells of the ledgers that say most; the ledger.json of each script has them all."""
+    chosen = (("c2f_trd", "", "CIFAR10: parameters"), ("c2f_trd", "", "CIFAR10 8->32, T_f=10: relative MACs, %"),
+              ("lowdiff", "", "CIFAR10 lowdiff 8-16-32: parameters"), ("lowdiff", "", "CIFAR10 cdm 16-32: parameters"),
+              ("lowdiff", "", "FFHQ lowdiff 8-16-32-64: parameters"), ("lowdiff", "", "CIFAR10 8-16-32: effective NFE"),
+              ("lowdiff", "", "CIFAR10 8-16-32: throughput gain, %"),
+              ("multistage", "Table 5, 1", "total: parameters, M"), ("multistage", "Table 5, 1", "stage 1: GFLOPs"),
+              ("multistage", "Table 5, 1", "total: GFLOPs by length"),
+              ("multistage", "Table 6, 4", "total: parameters, M"),
+              ("multistage", "Table 5, 4", "total: GFLOPs by length"), ("multistage", "Table 4", "snr: t1"),
+              ("postdiff", "Table 1", "DC"), ("postdiff", "Table 2", "SD v1.5, mix"),
+              ("postdiff", "Table 2", "SD v1.5, PostDiff: the cell's accounting"),
+              ("postdiff", "Table 2", "SD v1.5, PostDiff: executed"), ("postdiff", "Table 2", "SDXL, PostDiff"),
+              ("postdiff", "Table 2", "PixArt, PostDiff"))
+    out = ["| script | cell | paper | ours | note |", "| " + "--- | " * 5]
+    for script, table, cell in chosen:
+        r = next(r for r in json.loads((ROOT / "results" / script / "ledger.json").read_text())
+                 if r["cell"] == cell and r["table"].startswith(table))
+        values = ["-" if v is None else v if isinstance(v, str) else f"{v:,.0f}" if v >= 1e6
+                  else f"{v:.3f}".rstrip("0").rstrip(".") for v in (r["paper"], r["ours"])]
+        where = f"Table {r['table']}" if r["table"][0].isdigit() else r["table"]
+        out.append(f"| {script} | {where}: {cell} | {values[0]} | {values[1]} | {r['note']} |")
+    return out
+
+
 def table_extractor():
     out = ["| extractor | held-out images | captions | top-1 | top-5 | FD: undamaged | blur 1, 2, 3 px | "
            "noise 8, 16, 24 / 255 | 10, 20, 30 % of the classes missing |", "| " + "--- | " * 9]
@@ -233,7 +258,7 @@ def main():
     rows = load()
     tables = dict(fig6=table_fig6(rows), spacing=table_spacing(rows), search=table_search(rows),
                   phases=table_phases(rows), strategies=table_1(rows), low=table_low(rows),
-                  classes=table_class(rows), extractor=table_extractor())
+                  classes=table_class(rows), extractor=table_extractor(), ledgers=table_ledgers())
     (FOLDER / "tables.md").write_text("\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in tables.items()) + "\n")
     readme = (ROOT / "README.md").read_text()
     for name, lines in tables.items():

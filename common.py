@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
@@ -275,6 +275,29 @@ def save_grid(path, x, columns=8, scale=2):
     x = torch.cat([x, x.new_full((-n % columns, *x.shape[1:]), 255)])
     x = x.view(-1, columns, c, h + 2, w + 2).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     image = Image.fromarray(x.squeeze(-1).numpy())
+    write_atomically(path, lambda part: image.save(part, "PNG"))
+
+
+def save_curves(path, rows, names, marks=()):
+    """PNG of curves over t = 0 .. 1 with values 0 .. 1: rows of (t, a value for each name); marks: vertical lines."""
+    image = Image.new("RGB", (760, 440), "white")
+    draw, colours = ImageDraw.Draw(image), ("black", "crimson", "steelblue", "seagreen")
+
+    def at(t, v):                                                              # a point's position in pixels
+        return 50 + 680 * t, 400 - 370 * v
+
+    for k in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        draw.line([at(k, 0), at(k, 1)], "gainsboro")
+        draw.line([at(0, k), at(1, k)], "gainsboro")
+        draw.text(at(k, -0.01), f"{k:g}", "black", anchor="mt")
+        draw.text(at(-0.01, k), f"{k:g}", "black", anchor="rm")
+    for t in marks:
+        draw.line([at(t, 0), at(t, 1)], "darkorange", width=2)
+        draw.text(at(t, 1.01), f"{t:.3f}", "darkorange", anchor="mb")
+    t, *values = zip(*rows)
+    for i, (name, colour, curve) in enumerate(zip(names, colours, values)):
+        draw.line([at(*point) for point in zip(t, curve)], colour, width=2)
+        draw.text(at(0.02, 0.6 - 0.05 * i), name, colour, anchor="lm")
     write_atomically(path, lambda part: image.save(part, "PNG"))
 
 

@@ -70,12 +70,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (HERE, class_logits, count_macs, extract, feature_stats, frechet_distance, gather,
                     has_fast_bf16, inception_score, load_extractor, load_images, noise_for, progress,
-                    save_grid, save_json, sha256_of, start_device, to_float, to_uint8, write_atomically)
+                    save_curves, save_grid, save_json, sha256_of, start_device, to_float, to_uint8,
+                    write_atomically)
 
 SCRIPT = "multistage"
 
@@ -733,30 +733,6 @@ def heun_sample(denoiser, x, sigmas):
 # ---------------------------------------------------------------------------------------------
 # Search: the edges of the stages
 # ---------------------------------------------------------------------------------------------
-def draw_curves(path, curves, edges, names=("S0: to eps", "S1: to eps*_1 of xt", "S1: to eps*_1 of x_1")):
-    """PNG of curves over t = 0 .. 1, values 0 .. 1 (rows of t and every curve's value), and of the edges."""
-    image = Image.new("RGB", (760, 440), "white")
-    draw, colours = ImageDraw.Draw(image), ("black", "crimson", "steelblue")
-
-    def at(t, v):                                                      # position of a point, in pixels
-        return 50 + 680 * t, 400 - 370 * v
-
-    for k in range(0, 11, 2):
-        draw.line([at(k / 10, 0), at(k / 10, 1)], "gainsboro")
-        draw.line([at(0, k / 10), at(1, k / 10)], "gainsboro")
-        draw.text(at(k / 10, 0), f"{k / 10:g}", "black", anchor="mt")
-        draw.text(at(-0.01, k / 10), f"{k / 10:g}", "black", anchor="rm")
-    for edge in edges:
-        draw.line([at(edge, 0), at(edge, 1)], "darkorange", width=2)
-        draw.text(at(edge, 1), f"{edge:.3f}", "darkorange", anchor="mb")
-    t, *values = zip(*curves)
-    for i, (name, colour, curve) in enumerate(zip(names, colours, values)):
-        draw.line([at(*point) for point in zip(t, curve)], colour, width=2)
-        draw.text(at(0.02, 0.6 - 0.05 * i), name, colour, anchor="lm")
-    draw.text(at(0.5, -0.06), "t", "black", anchor="mt")
-    write_atomically(path, lambda part: image.save(part, "PNG"))
-
-
 def plan_path(args):
     """Where --search leaves its plan, and --train looks for it."""
     unit = "_unit" if args.unit_range else ""
@@ -790,7 +766,8 @@ def search(args, device):
     for reading, value in plan.get("readings", {}).items():
         print(f"  {reading}: {[round(v, 4) for v in value]}")
     if "curves" in plan:
-        draw_curves(path.with_suffix(".png"), plan["curves"], edges)
+        names = ("S0: to eps", "S1: to eps*_1 of xt", "S1: to eps*_1 of x_1")
+        save_curves(path.with_suffix(".png"), plan["curves"], names, edges)
     if "map" in plan:
         picture = torch.tensor(plan["map"]).flip(0)[None, None] * 2 - 1        # S(0, 0) at the lower left
         save_grid(path.with_suffix(".png"), picture, columns=1, scale=12)

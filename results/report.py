@@ -96,40 +96,34 @@ def table_phases(rows):
 
 
 def table_1(rows):
-    """Table I: FD of the fine-tuning strategies, 16 -> 32, beside the base model with the same solver and steps."""
+    """Table I: FD of the fine-tuning strategies beside the base model, DPM-Solver++ 2M, uniform steps."""
     out = ["| strategy | networks | 10 + 10 steps | 10 + 20 steps |", "| --- | --- | --- | --- |"]
-    cells = [pm([r["fd"] for r in pick(rows, "fig6", "base", "dpm2", k)]) for k in (10, 20)]
-    out.append(f"| none: base, high resolution only | 1 | {' | '.join(cells)} |")
+    for name, method in (("none: base, high resolution only", "base"), ("label, 8 -> 32", "c2f")):
+        cells = [pm([r["fd"] for r in pick(rows, "fig6", method, "dpm2", k)]) for k in (10, 20)]
+        out.append(f"| {name} | 1 | {' | '.join(cells)} |")
     for strategy in ("2dms", "label", "xy", "2T"):
         found = [[r["fd"] for r in pick(rows, "table1", "c2f", "dpm2", k) if r["strategy"] == strategy]
                  for k in (10, 20)]
         if any(found):
-            out.append(f"| {strategy} | {2 if strategy == '2dms' else 1} | "
+            out.append(f"| {strategy}, 16 -> 32 | {2 if strategy == '2dms' else 1} | "
                        f"{' | '.join(pm(v) if v else '' for v in found)} |")
     return out
 
 
-def table_low(rows):
-    """Low resolution 8 against 16, DPM-Solver++ 2M."""
-    out = ["| low resolution | steps | MACs of 100-step DDIM | C2F | C2F+TRD |", "| " + "--- | " * 5]
-    for low, experiment in ((8, "fig6"), (16, "low16")):
-        for steps in (5, 10):
-            cells = [pick(rows, experiment, method, "dpm2", steps) for method in ("c2f", "c2f+trd")]
-            if all(cells):
-                out.append(f"| {low} | 10 + {steps} | {100 * cells[0][0]['relative_macs']:.1f} % | "
-                           f"{' | '.join(pm([r['fd'] for r in c]) for c in cells)} |")
-    return out
-
-
-def table_search(rows):
+def table_search(rows, options=False):
+    """Searches as in the paper (from 15 steps on two-phase), or those with its options."""
     out = ["| method | solver | steps | search | sweeps | seconds | evaluations/sample | calls | loss on 16: "
            "uniform → TRD | held out: inclusive | exclusive | leading | trailing | TRD |",
            "| " + " --- |" * 14]
     for r in sorted((r for r in rows if r["experiment"] == "search"),
                     key=lambda r: (r["solver"], r["method"], r["nfe"][1], r["calibration"])):
+        as_paper = r["plan"]["spacing"] == "inclusive" and r["calibration"] == 16 and (
+            r["nfe"][1] > 15 or not r["plan"]["two_phase"])
+        if options == as_paper:
+            continue
         kind = ("two-phase" if r["plan"]["two_phase"] else "joint") if "c2f" in r["method"] else "single"
         kind += f", {r['calibration']} samples" if r["calibration"] != 16 else ""
-        kind += ", bounded ends" if r["plan"]["ends"] == "bounded" else ""
+        kind += ", from exclusive, bounded ends" if r["plan"]["ends"] == "bounded" else ""
         h, best = r["held_out"], min(r["held_out"].values())
         cells = [f"**{v:.2e}**" if v == best else f"{v:.2e}" for v in
                  (h["inclusive"], h["exclusive"], h["leading"], h["trailing"], h["trd"])]
@@ -257,7 +251,7 @@ def figures(rows):
 def main():
     rows = load()
     tables = dict(fig6=table_fig6(rows), spacing=table_spacing(rows), search=table_search(rows),
-                  phases=table_phases(rows), strategies=table_1(rows), low=table_low(rows),
+                  phases=table_phases(rows), strategies=table_1(rows), options=table_search(rows, options=True),
                   classes=table_class(rows), extractor=table_extractor(), ledgers=table_ledgers())
     (FOLDER / "tables.md").write_text("\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in tables.items()) + "\n")
     readme = (ROOT / "README.md").read_text()

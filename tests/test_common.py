@@ -22,8 +22,8 @@ from PIL import Image
 import common
 from common import (Extractor, add_noise, caption_score, class_logits, count_macs, extract,
                     feature_stats, find_data_file, frechet_distance, inception_score,
-                    linear_alpha_bar, load_extractor, load_images, noise_for, progress, save_grid,
-                    save_json, sha256_of, start_device, to_float, to_uint8, write_atomically)
+                    linear_alpha_bar, load_extractor, load_images, noise_for, progress, save_curves,
+                    save_grid, save_json, sha256_of, start_device, to_float, to_uint8, write_atomically)
 
 DATA = Path(common.__file__).parent / "data"
 
@@ -478,6 +478,16 @@ def test_save_grid(tmp_path, channels, n, columns, scale):
         assert (tile == expected).all()
         tile[:] = 255
     assert (pixels == 255).all()                                               # lines, empty places
+
+
+def test_curves_go_through_their_points(tmp_path):
+    """Black for the first curve, crimson for the second, orange for the mark; where neither is, white."""
+    save_curves(tmp_path / "a.png", [(0, 1, 0.25), (0.5, 1, 0.25), (1, 1, 0.25)], ("up", "down"), [0.3])
+    image = Image.open(tmp_path / "a.png")
+    assert image.getpixel((50 + 340, 400 - 370)) == (0, 0, 0)
+    assert image.getpixel((50 + 340, round(400 - 370 * 0.25))) == (220, 20, 60)
+    assert image.getpixel((50 + 204, 400 - 185)) == (255, 140, 0)
+    assert image.getpixel((50 + 340, 400 - 185)) == (255, 255, 255)
 
 
 def test_save_grid_of_floats(tmp_path):

@@ -665,7 +665,7 @@ def test_cluster_then_train(tmp_path, few_images):
     assert line["experiment"] == "clustering" and line["plan"]["edges"] == plan["edges"]
     result = start("--cluster", *options)
     assert result.code == 0 and "first crossing, eps*_1 of x_1" in result.out and "arg max" in result.out
-    assert Image.open(tmp_path / "plan_optimal_3.png").size[1] == 402
+    assert len(Image.open(tmp_path / "plan_optimal_3.png").getcolors(10 ** 6)) > 4             # lines, labels
 
 
 @pytest.mark.parametrize("argv, name", [

@@ -57,22 +57,22 @@ def table_fig6(rows):
 
 
 def table_spacing(rows):
-    """Mean FD; trailing has one seed and stands for itself, the others share theirs with Fig. 6."""
-    out = ["| steps | solver | method | inclusive (paper) | exclusive | trailing, 1 seed | TRD (paper) | "
-           "TRD: 64 samples | exclusive, bounded | both |", "| " + "--- | " * 10]
+    """FD of seed 0: uniform spacings, TRD as in the paper, TRD with its options."""
+    out = ["| steps | solver | method | inclusive (paper) | exclusive | trailing | TRD (paper) | TRD, 64 samples | "
+           "TRD, exclusive and bounded |", "| " + "--- | " * 9]
+    rows = [r for r in rows if r.get("seed") == 0]
     for solver in ("ddim", "dpm2"):
         for method in ("base", "c2f"):
-            for steps in (5, 10, 20):
+            for steps in (5, 10):
                 trd = "trd" if method == "base" else "c2f+trd"
-                option = [pick(rows, "options", trd, solver, steps, spacing=s, calibration=n, ends=e)
-                          for s, n, e in (("inclusive", 64, "paper"), ("exclusive", 16, "bounded"),
-                                          ("exclusive", 64, "bounded"))]
                 cells = [pick(rows, "fig6", method, solver, steps)]
                 cells += [pick(rows, "spacing", method, solver, steps, spacing=s) for s in ("exclusive", "trailing")]
-                cells += [pick(rows, "fig6", trd, solver, steps), *option]
-                means = [mean(r["fd"] for r in c) if c else None for c in cells]
-                best = min((v for i, v in enumerate(means) if v is not None and i != 2), default=None)
-                text = ["" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in means]
+                cells += [pick(rows, "fig6", trd, solver, steps)]
+                cells += [pick(rows, "options", trd, solver, steps, spacing="inclusive", calibration=64),
+                          pick(rows, "options", trd, solver, steps, spacing="exclusive", calibration=16)]
+                fds = [c[0]["fd"] if c else None for c in cells]
+                best = min(v for v in fds if v is not None)
+                text = ["" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in fds]
                 out.append(f"| {steps} | {SOLVER[solver]} | {NAMES[method]} | {' | '.join(text)} |")
     return out
 
@@ -97,16 +97,20 @@ def table_phases(rows):
 
 def table_1(rows):
     """Table I: FD of the fine-tuning strategies beside the base model, DPM-Solver++ 2M, uniform steps."""
-    out = ["| strategy | networks | 10 + 10 steps | 10 + 20 steps |", "| --- | --- | --- | --- |"]
-    for name, method in (("none: base, high resolution only", "base"), ("label, 8 -> 32", "c2f")):
-        cells = [pm([r["fd"] for r in pick(rows, "fig6", method, "dpm2", k)]) for k in (10, 20)]
-        out.append(f"| {name} | 1 | {' | '.join(cells)} |")
+    out = ["| strategy | networks | C2F, 10 + 10 steps | C2F, 10 + 20 steps | "
+           "its high-resolution network alone, 10 steps |", "| " + "--- | " * 5]
+    alone = {r["low"]: r["fd"] for r in json.loads((FOLDER / "finetuned.json").read_text())}     # None: the base
+    found = lambda *which: [[r["fd"] for r in pick(rows, *which, "dpm2", k)] for k in (10, 20)]  # noqa: E731
+    lines = [("none: the base model", 1, [[], []], alone.get(None)),
+             ("label, 8 -> 32", 1, found("fig6", "c2f"), alone.get(8))]
     for strategy in ("2dms", "label", "xy", "2T"):
-        found = [[r["fd"] for r in pick(rows, "table1", "c2f", "dpm2", k) if r["strategy"] == strategy]
-                 for k in (10, 20)]
-        if any(found):
-            out.append(f"| {strategy}, 16 -> 32 | {2 if strategy == '2dms' else 1} | "
-                       f"{' | '.join(pm(v) if v else '' for v in found)} |")
+        some = [r for r in rows if r["strategy"] == strategy]
+        fds = [[r["fd"] for r in pick(some, "table1", "c2f", "dpm2", k)] for k in (10, 20)]
+        same = {"label": alone.get(16), "2dms": alone.get(None)}.get(strategy)
+        lines.append((f"{strategy}, 16 -> 32", 2 if strategy == "2dms" else 1, fds, same))
+    for name, networks, fds, high in lines:
+        cells = [pm(v) if v else "" for v in (*fds, high)]
+        out.append(f"| {name} | {networks} | {' | '.join(cells)} |")
     return out
 
 

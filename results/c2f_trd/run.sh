@@ -47,3 +47,7 @@ $run --search --method trd --solver $1 --steps 5 10 --calibration 64 --plans run
 $run --evaluate --compile --method trd --solver $1 --steps 5 10 --plans runs/64 --seeds 3 --experiment options
 $run --search --method c2f+trd --solver $1 --steps 5 10 --two-phase --transition 706 --plans runs/two-phase
 $run --evaluate --compile --method c2f+trd --solver $1 --steps 5 10 --plans runs/two-phase --seeds 3 --experiment options
+
+# equal MACs: what the low-resolution steps cost (0.56 of a full step), spent on one more full step
+$run --search --method trd --solver $1 --steps 6 11 --plans runs/equal
+$run --evaluate --method base trd --solver $1 --steps 6 11 --plans runs/equal --experiment fig6

@@ -1011,6 +1011,16 @@ def test_a_search_with_the_shipped_weights_leaves_their_plans_alone(tmp_path):
         assert args.plans == Path(expected)
 
 
+def test_results_name_files_without_the_folder_of_the_machine(tmp_path):
+    args = argparse.Namespace(config=preset("tiny"), channels=1, data="fashion10k", images_seen=0,
+                              run=c.HERE / "weights", checkpoint=str(SHIPPED),
+                              results=tmp_path / "new" / "results.jsonl")
+    c.append_result(args, torch.device("cpu"), c.make_plan("base", "ddim", 0, 5), "test", fd=1.0)
+    line = json.loads(args.results.read_text())
+    assert line["args"]["checkpoint"] == "weights/c2f_trd/weights.pt" and line["args"]["run"] == "weights"
+    assert line["fd"] == 1.0 and line["nfe"] == [0, 5] and str(c.HERE) not in json.dumps(line)
+
+
 # ---------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------

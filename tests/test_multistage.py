@@ -71,7 +71,9 @@ def test_every_printed_cell(rows):
         "Table 2", "Table 4", "Table 5", "Table 6", "Table 7"}
     for r in printed:
         key, digits = (r["table"], r["cell"]), len(str(r["paper"]).partition(".")[2])
-        if key in SLIPS:
+        if r["ours"] is None:                                # made of a printed number that nothing reproduces
+            assert key == ("Table 2", "CelebA 32, multistage EDM: PFLOPs") and "19.25" in r["note"]
+        elif key in SLIPS:
             assert r["ours"] == pytest.approx(SLIPS[key], abs=1e-3) and r["note"], key
         elif key[0] == "Table 4" and "time" in key[1]:
             assert r["ours"] == pytest.approx(r["paper"], abs=0.005)

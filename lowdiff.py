@@ -11,6 +11,7 @@ Run (README.md has more):
     python lowdiff.py --train --arch edm                     # off switch: EDM, for the same training MACs
     python lowdiff.py --train --arch cdm --stages 16 32      # Table 8: a network per resolution
     python lowdiff.py --sample --show-stages                 # what comes out of 8, of 16, of 32
+    python lowdiff.py --train --space latent --cond          # Table 4: an autoencoder, then LightningDiT in two stages
     python lowdiff.py --search --sweep truncation            # Appendix C: FD against the truncation point
     torchrun --nproc_per_node=2 -- lowdiff.py --train        # two processes (or GPUs)
     python lowdiff.py --ledger                               # the paper's networks: parameters, MACs, NFE
@@ -61,7 +62,15 @@ D15 Preset paper trains for EDM's 200 M images and LowDiff for equal MACs, 151.9
 D16 Preset small is not the paper's network: 2x2 pixels a token, one block a level, a decaying learning rate, no
     augmentation (shoes point left), Fashion-MNIST's 10,000 test images. Its FD is no FID and compares with
     itself only.
-Not here: the latent version (LightningDiT on ImageNet, Table 4), and the paper's FID and IS, which take 8 GPUs.
+D17 Latent version (Table 4): a resolution has its own entry, sine positions, rotary positions from 0 and final
+    layer, all blocks are shared: this gives the printed 131.86 M, sharing the final layer does not. Low-resolution
+    latents are 2x2 means of the high ones.
+D18 Its condition is t' Down(x0) + (1 - t') eps, t' drawn like t, beside xt and unscaled; means over positions, as in
+    LightningDiT's loss, so both resolutions weigh the same.
+D19 The printed 100, 50 and 45 are taken as evaluations; 45 of 60, so that it stops at t = .47; of 50 it would be .73,
+    nearly clean. The paper prints no guidance: --guidance 1, none.
+D20 Its autoencoder: a small VAE trained here on the same images (paper: VA-VAE's, 16x16x32, ImageNet).
+Not here: the paper's FID and IS, which take 8 GPUs.
 """
 import argparse
 import copy
@@ -95,7 +104,7 @@ RHO = 7                        # curvature of the ladder of noise levels (EDM, E
 SIGMA_RANGE = (0.002, 80.0)    # of the first stage: EDM's (Table 10)
 COND_RANGE = (0.01, 50.0)      # of a conditioned stage (Table 10, D8)
 EMA_RAMP = 0.05                # the EMA's half-life is at most this share of the images seen (EDM)
-ARCHS = ("lowdiff", "edm", "cdm")                              # edm: the off switch
+ARCHS = ("lowdiff", "edm", "dit", "cdm")                       # edm, dit: the off switches in pixels, in latents
 SWEEPS = ("truncation", "steps", "range")                      # Appendix C, Tables 11, 12 (both captioned 12), 10
 SPEED_BATCH, SPEED_RUNS = 64, 3                                # images/s: as Table 5, which has 10 runs
 
@@ -118,6 +127,31 @@ PRESETS = {
     "edm_iters":        (20,          5000,        5000,            390_625,     781_250),  # EDM's steps: the budget
 }
 PRESET_NAMES = ("tiny", "small", "small-64", "paper", "paper-ffhq")
+
+# --space latent: LightningDiT, between an autoencoder's ends. paper-dit: LightningDiT-B/1 for ImageNet 256x256.
+#                        tiny         small        paper-dit
+LATENT_PRESETS = {
+    "stages":           ([4, 8],      [4, 8],      [8, 16]),      # sides of the latent images
+    "ch":               (32,          128,         768),          # width; heads have 64 channels
+    "blocks":           (2,           4,           12),           # depth
+    "latent":           (4,           4,           32),           # channels of the latent images
+    "factor":           (4,           4,           16),           # pixels per side of a latent pixel
+    "ae_iters":         (20,          1500,        100_000),      # steps of the autoencoder
+    "dropout":          (0.0,         0.0,         0.0),
+    "augment":          (0.0,         0.0,         0.0),
+    "batch":            (16,          128,         1024),
+    "lr":               (2e-3,        1e-3,        2e-4),         # Adam
+    "warmup":           (10,          200,         1),
+    "decay":            (0.3,         0.3,         0.0),
+    "ema":              (100,         50_000,      7_097_516),    # half-life in images; 0.9999 a step
+    "edm_iters":        (20,          3000,        80_000),       # LightningDiT's steps: the budget
+}
+LATENT_NAMES = ("tiny", "small", "paper-dit")
+SHIFT = 0.3                    # of the Euler sampler's times (LightningDiT)
+LABEL_DROP = 0.1               # labels left out in training, for guidance (LightningDiT)
+KL_WEIGHT = 1e-4               # of the autoencoder: keeps the latents near a normal distribution
+AE_BATCH, AE_LR = 64, 2e-3     # of the autoencoder
+BETAS = {"pixel": (0.9, 0.999), "latent": (0.9, 0.95)}         # Adam: EDM's, LightningDiT's
 
 # Steps N of each stage and evaluations K of each but the last (Tables 2, 3, 6, 7; N of the middle ones: D7).
 SCHEDULES = {
@@ -320,11 +354,14 @@ class Cascade(nn.Module):
 # differs: one network for all stages, or (CDM) one for each
 def build_net(config, channels):
     """The network of a preset (config: stages, ch, mult, blocks, attention, patch, dropout, augment, classes,
-    told) for config["arch"]: edm has one stage, lowdiff one U-Net for all, cdm a U-Net for each."""
+    told) for config["arch"]: edm, dit have one stage, lowdiff one network for all, cdm a network for each."""
     stages = config["stages"]
-    options = {k: config[k] for k in ("ch", "mult", "blocks", "attention", "patch", "dropout", "classes", "told")}
-    unet = functools.partial(UNet, channels, stages[-1], lowest=stages[0], augment=config["augment"] > 0, **options)
-    net = Cascade([unet([r]) for r in stages]) if config["arch"] == "cdm" else unet(stages)
+    if config["space"] == "latent":
+        one = functools.partial(DiT, channels, lowest=stages[0], **{k: config[k] for k in ("ch", "blocks", "classes")})
+    else:
+        options = {k: config[k] for k in ("ch", "mult", "blocks", "attention", "patch", "dropout", "classes", "told")}
+        one = functools.partial(UNet, channels, stages[-1], lowest=stages[0], augment=config["augment"] > 0, **options)
+    net = Cascade([one([r]) for r in stages]) if config["arch"] == "cdm" else one(stages)
     return net.to(memory_format=torch.channels_last)
 
 
@@ -410,9 +447,9 @@ def noise_levels(steps, sigma_min, sigma_max):
     return [(a + i / max(steps - 1, 1) * (b - a)) ** RHO for i in range(steps)] + [0.0]
 
 
-def stop_level(sigmas, evaluations):
-    """The noise level at which heun_sample ends after that many evaluations (D6)."""
-    return sigmas[(evaluations + 1) // 2]
+def stop_level(sigmas, evaluations, per_step=2):
+    """The noise level at which a solver of that many evaluations per step ends after `evaluations` (D6)."""
+    return sigmas[math.ceil(evaluations / per_step)]
 
 
 def heun_sample(denoiser, noise, sigmas, evaluations=None):
@@ -436,29 +473,37 @@ def heun_sample(denoiser, noise, sigmas, evaluations=None):
     return xt
 
 
-def cascade_sample(stages, up="nearest"):
+def cascade_sample(stages, up="nearest", solver=heun_sample, per_step=2):
     """METHOD: 3.4, Algorithm 2: from the lowest resolution up, each stage truncated but the last and handed on,
     noisy as it is, as the condition of the next.
 
     stages: [(denoiser, noise (B, C, r, r), sigmas, evaluations), ...], low to high;
     denoiser(xt, sigma, z, s) -> x0_hat; z, s: up-sampled image and level of the stage before, None in the first.
+    solver, per_step: heun_sample and its 2 evaluations a step, or (latent version) euler_sample and its 1.
     One stage is EDM. Returns the images of every stage (float64), the last one clean."""
     images, z, s = [], None, None
     for denoiser, noise, sigmas, evaluations in stages:
-        images.append(heun_sample(lambda xt, sigma: denoiser(xt, sigma, z, s), noise, sigmas, evaluations))
-        z, s = upsample(images[-1], up), stop_level(sigmas, evaluations)
+        images.append(solver(lambda xt, sigma: denoiser(xt, sigma, z, s), noise, sigmas, evaluations))
+        z, s = upsample(images[-1], up), stop_level(sigmas, evaluations, per_step)
     return images
 
 
 # ---------------------------------------------------------------------------------------------
 # Plans: what is sampled, as a small dict; models; samples
 # ---------------------------------------------------------------------------------------------
-# differs: a stage's plan is its Heun schedule and where it is truncated
-def make_plan(stages, steps=None, truncate=None, sigma_min=None, sigma_max=None):
+# differs: a stage's plan is its schedule and where it is truncated
+def make_plan(stages, steps=None, truncate=None, sigma_min=None, sigma_max=None, space="pixel", guidance=1.0):
     """Schedules of the stages, low to high: steps N of each, evaluations K of each but the last, noise ranges; what
-    is None is the paper's (Tables 2, 3, 6, 7, 10). One stage is EDM, the off switch."""
+    is None is the paper's (Tables 2, 3, 6, 7, 10; space "latent": 4). One stage is EDM (LightningDiT), the off
+    switch. guidance: classifier-free, of latent models; 1 is none."""
     n = len(stages)
     default = SCHEDULES.get(tuple(stages), ([18] * (n - 1) + [9 if n > 1 else 18], [19] * (n - 1)))
+    if space == "latent":
+        default = [60] * (n - 1) + [50 if n > 1 else 100], [45] * (n - 1)      # D19
+        if sigma_min or sigma_max:
+            raise ValueError("--sigma-min, --sigma-max: latent models have times 0 .. 1, no noise range")
+    elif guidance != 1:
+        raise ValueError("--guidance: pixel models are trained without leaving labels out")
     steps, truncate = steps or default[0], default[1] if truncate is None else truncate
     sigma_min = sigma_min or [SIGMA_RANGE[0]] + [COND_RANGE[0]] * (n - 1)
     sigma_max = sigma_max or [SIGMA_RANGE[1]] + [COND_RANGE[1]] * (n - 1)
@@ -466,31 +511,52 @@ def make_plan(stages, steps=None, truncate=None, sigma_min=None, sigma_max=None)
                               ("sigma-max", sigma_max, n)):
         if len(values) != m:
             raise ValueError(f"--{option} {' '.join(map(str, values))}: the stages {list(stages)} need {m} numbers")
+    if space == "latent":
+        parts = zip(stages, steps, [*truncate, steps[-1]])
+        return check_plan(dict(guidance=float(guidance), stages=[dict(res=r, steps=N, evaluations=K, shift=SHIFT)
+                                                                 for r, N, K in parts]))
     parts = zip(stages, steps, [*truncate, 2 * steps[-1] - 1], sigma_min, sigma_max)
     return check_plan(dict(stages=[dict(res=r, steps=N, evaluations=K, sigma_min=low, sigma_max=high)
                                    for r, N, K, low, high in parts]))
 
 
+def levels_of(p):
+    """The noise levels of a stage of a plan, from noise to data: sigma of Heun's, t of Euler's method."""
+    return flow_times(p["steps"], p["shift"]) if "shift" in p else noise_levels(p["steps"], p["sigma_min"],
+                                                                                p["sigma_max"])
+
+
+def evaluations_of(p):
+    """The evaluations of a stage of a plan if it is not truncated."""
+    return p["steps"] if "shift" in p else 2 * p["steps"] - 1
+
+
 # differs: other plans
 def check_plan(plan, name="plan"):
-    """The plan itself, with sigma_stop filled in, or ValueError if it cannot be run."""
+    """The plan itself, with sigma_stop (t_stop) filled in, or ValueError if it cannot be run."""
     stages = plan.get("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(p, dict) for p in stages):
         raise ValueError(f"{name}: stages must be a list of schedules")
     for i, p in enumerate(stages):
         whole, real = [p.get(k) for k in ("res", "steps", "evaluations")], [p.get("sigma_min"), p.get("sigma_max")]
+        euler = "shift" in p
         if any(type(v) is not int or v < 1 for v in whole):
             raise ValueError(f"{name}: stage {i + 1}: res, steps and evaluations must be whole numbers from 1")
-        if any(type(v) not in (int, float) for v in real) or not 0 < real[0] < real[1] < math.inf:
+        if euler and (type(p["shift"]) not in (int, float) or not 0 < p["shift"] < math.inf):
+            raise ValueError(f"{name}: stage {i + 1}: shift must be a positive number: {p['shift']}")
+        if not euler and (any(type(v) not in (int, float) for v in real) or not 0 < real[0] < real[1] < math.inf):
             raise ValueError(f"{name}: stage {i + 1}: 0 < sigma_min < sigma_max must hold: {real}")
-        full = 2 * p["steps"] - 1
+        full = evaluations_of(p)
         if p["evaluations"] > full:
             raise ValueError(f"{name}: stage {i + 1} ({p['res']}x{p['res']}) is truncated after {p['evaluations']} "
                              f"evaluations, but its {p['steps']} steps have {full}")
-        p["sigma_stop"] = round(stop_level(noise_levels(p["steps"], *real), p["evaluations"]), 6)
+        stop = stop_level(levels_of(p), p["evaluations"], 1 if euler else 2)
+        p["t_stop" if euler else "sigma_stop"] = round(stop, 6)
     check_stages([p["res"] for p in stages], name)
-    if stages[-1]["sigma_stop"]:
-        raise ValueError(f"{name}: the last stage must run to the end: {2 * stages[-1]['steps'] - 1} evaluations")
+    if len({"shift" in p for p in stages}) > 1:
+        raise ValueError(f"{name}: all stages must have a shift (latent models), or none")
+    if stages[-1].get("sigma_stop") or stages[-1].get("t_stop", 1) < 1:
+        raise ValueError(f"{name}: the last stage must run to the end: {evaluations_of(stages[-1])} evaluations")
     return plan
 
 
@@ -512,25 +578,36 @@ def load_plan(path):
 def get_plan(args):
     """The plan to run, printed: --plan FILE, or the paper's schedule with what --steps, --truncate, --sigma-min
     and --sigma-max say."""
-    stages = args.config["stages"]
+    stages, space = args.config["stages"], args.config["space"]
     plan = load_plan(args.plan) if args.plan else make_plan(stages, args.steps, args.truncate, args.sigma_min,
-                                                            args.sigma_max)
+                                                            args.sigma_max, space, args.guidance)
     if [p["res"] for p in plan["stages"]] != stages:
         raise ValueError(f"the plan has the stages {[p['res'] for p in plan['stages']]}, the checkpoint {stages}")
+    if (space == "latent") != ("shift" in plan["stages"][0]):
+        raise ValueError(f"{args.plan} is a plan of the other space: the checkpoint works in {space} space")
     print(f"{args.config['arch']}: " + ", then ".join(
-        f"{p['res']}x{p['res']}: {p['evaluations']} of {2 * p['steps'] - 1} evaluations, sigma {p['sigma_max']:g} "
-        f"to {p['sigma_stop']:.4g}" for p in plan["stages"]))
+        f"{p['res']}x{p['res']}: {p['evaluations']} of {evaluations_of(p)} evaluations, "
+        + (f"t 0 to {p['t_stop']:.4g}" if "shift" in p else f"sigma {p['sigma_max']:g} to {p['sigma_stop']:.4g}")
+        for p in plan["stages"]))
     return plan
 
 
 def model_of(net, config, device, precision):
-    """The network as a denoiser(xt, sigma float, z, s float, y) -> x0_hat for cascade_sample, float64 outside."""
-    def denoiser(xt, sigma, z, s, y=None):
+    """The network as a denoiser(xt, sigma float, z, s float, y) -> x0_hat for cascade_sample, float64 outside;
+    of a latent model: (xt, t, z, its t, y, guidance) -> v_hat."""
+    def denoiser(xt, sigma, z, s, y=None, guidance=1.0):
         def level(value):
             return torch.full((len(xt),), value, device=xt.device)
 
         x = xt.float().contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), autocast(device, precision):
+            if config["space"] == "latent":
+                z = None if z is None else z.float()
+                v_hat = velocity(net, x, level(sigma), z, y).double()
+                if guidance != 1:
+                    null = velocity(net, x, level(sigma), z).double()
+                    v_hat = null + guidance * (v_hat - null)
+                return v_hat
             if z is None:
                 return denoise(net, x, level(sigma), y=y).double()
             return denoise(net, x, level(sigma), z.float(), level(s), y, cond_scale=config["cond_scale"]).double()
@@ -539,8 +616,12 @@ def model_of(net, config, device, precision):
 
 # differs: one network, called at every resolution
 def load_models(args, device, precision="auto"):
-    """The denoiser of a checkpoint's EMA weights; sets args.run, args.config, args.channels, args.images_seen."""
+    """The denoiser of a checkpoint's EMA weights; sets args.run, args.config, args.channels, args.images_seen, and
+    args.autoencoder (None in pixels)."""
     saved = load_checkpoint(args.checkpoint)
+    args.autoencoder = load_autoencoder(saved, args.checkpoint).to(device) if "autoencoder" in saved else None
+    if "ema" not in saved:
+        raise ValueError(f"{args.checkpoint} holds an autoencoder only: name a checkpoint of --train")
     args.run, args.config, args.channels = Path(args.checkpoint).parent, saved["args"], saved["channels"]
     args.images_seen = saved["images_seen"]
     net = build_net(args.config, args.channels)
@@ -570,8 +651,19 @@ def labels_of(args, seeds, device):
 # differs: any number of stages of one network
 def stages_of(plan, denoiser, noise, y=None):
     """The stages of cascade_sample for a plan; noise: of each stage."""
-    return [(functools.partial(denoiser, y=y), z, noise_levels(p["steps"], p["sigma_min"], p["sigma_max"]),
-             p["evaluations"]) for p, z in zip(plan["stages"], noise)]
+    options = dict(y=y, guidance=plan["guidance"]) if "guidance" in plan else dict(y=y)
+    return [(functools.partial(denoiser, **options), z, levels_of(p), p["evaluations"])
+            for p, z in zip(plan["stages"], noise)]
+
+
+def run_stages(stages, config):
+    """cascade_sample with the solver of the configuration's space."""
+    return cascade_sample(stages, config["up"], *((euler_sample, 1) if config["space"] == "latent" else ()))
+
+
+def to_image(x, autoencoder):
+    """Samples (B, C, r, r) as uint8 images on the CPU, decoded first if they are latents."""
+    return to_uint8(x if autoencoder is None else autoencoder.decode(x.float())).cpu()
 
 
 # differs: returns the images of all stages
@@ -583,7 +675,7 @@ def sample(args, denoiser, plan, seeds, device):
     for batch in progress(batches, f"sample {args.config['arch']}", len(batches[0])):
         batch = batch.tolist()
         stages = stages_of(plan, denoiser, noises(args, batch, device), labels_of(args, batch, device))
-        parts.append([to_uint8(x).cpu() for x in cascade_sample(stages, args.config["up"])])
+        parts.append([to_image(x, args.autoencoder) for x in run_stages(stages, args.config)])
     return [torch.cat(stage) for stage in zip(*parts)]
 
 
@@ -596,10 +688,12 @@ def ablation(plan, sweep, stage=-2):
 
     truncation (Table 11): K from 8 below to 8 above the plan's, its five in single steps; steps (Table 12): 3/4, 1
     and 5/4 of the N, with the K of the same parity that stops nearest to the plan's noise level; range (Table 10): the
-    noise ranges of the first and of the other stages."""
+    noise ranges of the first and of the other stages. Latent models have the truncation only."""
     if len(plan["stages"]) < 2:
         raise ValueError(f"--sweep {sweep}: one stage (EDM) has no truncation to search")
     found, old = [], plan["stages"][stage]
+    if "shift" in old and sweep != "truncation":
+        raise ValueError(f"--sweep {sweep} is for pixel models: use --sweep truncation")
 
     def add(name, **changes):
         new = copy.deepcopy(plan)
@@ -608,7 +702,7 @@ def ablation(plan, sweep, stage=-2):
 
     if sweep == "truncation":
         for shift in (-8, -6, -4, -2, -1, 0, 1, 2, 4, 6, 8):
-            if 1 <= old["evaluations"] + shift < 2 * old["steps"] - 1:
+            if 1 <= old["evaluations"] + shift < evaluations_of(old):
                 add(f"K = {old['evaluations'] + shift}", evaluations=old["evaluations"] + shift)
     elif sweep == "steps":
         for share in (0.75, 1, 1.25):
@@ -721,30 +815,32 @@ def train(args, device, rank, world):
         if world > 1:
             dist.broadcast_object_list(name)                           # the clocks may differ
         run = Path(args.out) / name[0]
-    args.data = args.data or "fashion10k"
-    stages, R = args.stages, args.stages[-1]
+    args.data, latent = args.data or "fashion10k", args.space == "latent"
+    stages, R = args.stages, args.stages[-1] * (args.factor if latent else 1)
     x, labels, captions = load_images(args.data, R)
-    channels = x.shape[1]
+    channels, autoencoder = x.shape[1], None
     if x.shape[-1] != R:
         raise ValueError(f"--data {args.data} has images of {x.shape[-1]}x{x.shape[-1]}, the last stage makes {R}x{R}: "
                          "choose --stages or --preset to fit")
+    if latent:                                                         # from here on, x are latents
+        autoencoder = get_autoencoder(args, x, saved, run, device, rank, world)
+        x, channels = encode_all(autoencoder, x, device), args.latent
     if saved.get("channels", channels) != channels:
         raise ValueError(f"--data {args.data} has {channels} channels, the checkpoint {saved['channels']}")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
     if not args.resume:
         args.classes = len(captions) if args.cond else 0
-        config = {k: getattr(args, k) for k in CONFIG}
+        config = {k: getattr(args, k) for k in CONFIG if hasattr(args, k)}
         cost = training_macs(config, channels)
         if args.budget is None:                                        # what EDM's steps cost
-            edm = dict(config, arch="edm", stages=[R])
-            batch = PRESETS["batch"][PRESET_NAMES.index(args.preset)]
-            args.budget = float(args.edm_iters * batch * training_macs(edm, channels))
+            batch = preset_of(args.preset, args.space)["batch"]
+            args.budget = float(args.edm_iters * batch * training_macs(edm_of(config), channels))
         args.iters = args.iters or int(args.budget // (args.batch * cost))
         if args.iters < 1:
             raise ValueError(f"--budget {args.budget:g} MACs is less than one step: {args.batch * cost:.3g}")
-    config = {k: getattr(args, k) for k in (*CONFIG, "iters", "budget")}
-    mine, plan = slice(rank, None, world), make_plan(stages)
+    config = {k: getattr(args, k) for k in (*CONFIG, "iters", "budget") if hasattr(args, k)}
+    mine, plan = slice(rank, None, world), make_plan(stages, space=args.space)
     torch.manual_seed(args.seed)
     net = build_net(config, channels)
     if rank == 0:
@@ -753,7 +849,7 @@ def train(args, device, rank, world):
               f"{args.batch} images, {args.iters * args.batch * training_macs(config, channels):.3g} MACs forward")
     ema = copy.deepcopy(net).to(device).eval().requires_grad_(False)
     net = net.to(device).train()
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=BETAS[args.space])
     step = 0
     if args.resume:
         net.load_state_dict(saved["net"])
@@ -783,13 +879,16 @@ def train(args, device, rank, world):
             fail("weights are")
         if rank == 0:
             common = dict(step=step, channels=channels, args=config, images_seen=step * args.batch)
+            if latent:
+                common.update(autoencoder=autoencoder.state_dict(), autoencoder_shape=[
+                    autoencoder.channels, autoencoder.latent, autoencoder.factor])
             if step == args.iters:                                     # what is shipped
                 save_checkpoint(run / "weights.pt", **common, ema={k: v.half() for k, v in ema.state_dict().items()})
             save_checkpoint(run / "checkpoint.pt", **common, ema=ema.state_dict(), net=net.state_dict(),
                             optimizer=optimizer.state_dict())
             y = labels_of(shown, range(32), device)
-            images = cascade_sample(stages_of(plan, denoiser, noises(shown, range(32), device), y), args.up)
-            save_grid(run / "samples.png", images[-1])
+            images = run_stages(stages_of(plan, denoiser, noises(shown, range(32), device), y), config)
+            save_grid(run / "samples.png", to_image(images[-1], autoencoder))
             line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5),
                         images_per_s=round(count * args.batch / (time.time() - begun), 1))
             with open(run / "log.jsonl", "a") as log:
@@ -800,9 +899,12 @@ def train(args, device, rank, world):
         torch.manual_seed(args.seed * 10_000_019 + step)
         i = torch.randint(0, len(x), (args.batch,))
         draws = [[None if v is None else v[mine].to(device) for v in draw]
-                 for draw in draw_noise(args.batch, channels, stages)]
-        x0, aug = to_float(x[i[mine]].to(device)), None
+                 for draw in (draw_flow_noise if latent else draw_noise)(args.batch, channels, stages)]
+        x0, aug = x[i[mine]].to(device), None
+        x0 = x0 if latent else to_float(x0)
         y = labels[i[mine]].to(device) if args.classes else None
+        if latent and args.classes:                                    # class number `classes`: no label
+            y = torch.where((torch.rand(args.batch) < LABEL_DROP)[mine].to(device), args.classes, y)
         if args.augment:
             theta, aug = (v[mine].to(device) for v in draw_augment(args.batch, args.augment))
             x0 = F.grid_sample(x0, F.affine_grid(theta, x0.shape, align_corners=False), padding_mode="reflection",
@@ -810,7 +912,10 @@ def train(args, device, rank, world):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / args.warmup, (args.iters + 1 - step) / fall)
         with autocast(device, args.precision):
-            loss = cascade_loss(model, x0, draws, y, aug, args.up, args.cond_scale)   # METHOD: Algorithm 1
+            if latent:
+                loss = flow_cascade_loss(model, x0, draws, y, args.up)
+            else:
+                loss = cascade_loss(model, x0, draws, y, aug, args.up, args.cond_scale)   # METHOD: Algorithm 1
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -820,7 +925,8 @@ def train(args, device, rank, world):
                                  1 - 0.5 ** (args.batch / max(half_life, 1e-8)))
         if count and (step - 1) % args.save_every == 0:                # a new window
             loss_sum, count, begun = torch.zeros((), device=device), 0, time.time()
-        loss_sum, count = loss_sum + loss.detach() / x0[0].numel(), count + 1     # shown per full-size pixel
+        loss_sum = loss_sum + loss.detach() / (1 if latent else x0[0].numel())    # shown per full-size pixel
+        count += 1
         if step % 50 == 0:
             mean_loss()                                                # stops at a NaN
         if step % args.save_every == 0 or step == args.iters:
@@ -837,13 +943,13 @@ def plan_macs(config, channels, plan):
     device with a network that is counted at its first call of each size."""
     total, nfe = [0], {p["res"]: 0 for p in plan["stages"]}
 
-    def denoiser(xt, sigma, z, s, y=None):
-        total[0] += network_macs(json.dumps(config), channels, xt.shape[-1])
+    def denoiser(xt, sigma, z, s, y=None, guidance=1.0):
+        total[0] += network_macs(json.dumps(config), channels, xt.shape[-1]) * (1 if guidance == 1 else 2)
         nfe[xt.shape[-1]] += 1
         return torch.zeros_like(xt)
 
     noise = [torch.zeros(1, channels, r, r, device="meta") for r in nfe]
-    cascade_sample(stages_of(plan, denoiser, noise), config["up"])
+    run_stages(stages_of(plan, denoiser, noise), config)
     return total[0], list(nfe.values())
 
 
@@ -856,6 +962,8 @@ def network_macs(config, channels, res):
         net, xt = build_net(config, channels).eval(), torch.zeros(1, channels, res, res)
         one, y = torch.zeros(1), torch.zeros(1, dtype=torch.long) if config["classes"] else None
         z = (None, None) if res == config["stages"][0] else (xt, one)
+    if config["space"] == "latent":
+        return count_macs(velocity, net, xt, one, z[0], y)
     return count_macs(denoise, net, xt, one, *z, y)
 
 
@@ -866,8 +974,8 @@ def parameters(config, channels):
 
 
 def edm_of(config):
-    """The configuration of EDM, the baseline, with the same levels and widths."""
-    return dict(config, arch="edm", stages=config["stages"][-1:])
+    """The configuration of EDM (LightningDiT), the baseline, with the same levels and widths."""
+    return dict(config, arch="dit" if config["space"] == "latent" else "edm", stages=config["stages"][-1:])
 
 
 def speed(args, denoiser, plan, device):
@@ -876,7 +984,8 @@ def speed(args, denoiser, plan, device):
     of one evaluation at each stage. Medians of SPEED_RUNS runs."""
     edm = edm_of(args.config)
     net = build_net(edm, args.channels).to(device).eval().requires_grad_(False)
-    both = ((args.config, plan, denoiser), (edm, make_plan(edm["stages"]), model_of(net, edm, device, args.precision)))
+    base = dict(make_plan(edm["stages"], space=edm["space"]), **{k: plan[k] for k in ("guidance",) if k in plan})
+    both = ((args.config, plan, denoiser), (edm, base, model_of(net, edm, device, args.precision)))
     runs = []
     for config, p, model in both:
         here = argparse.Namespace(config=config, channels=args.channels, chosen=None)
@@ -894,7 +1003,7 @@ def speed(args, denoiser, plan, device):
         denoiser, noise, _, _ = stage
         return lambda: denoiser(noise, 1.0, None if first else noise, None if first else 1.0)
 
-    calls = [functools.partial(cascade_sample, stages, args.config["up"]) for stages in runs]
+    calls = [lambda stages=stages: to_image(run_stages(stages, args.config)[-1], args.autoencoder) for stages in runs]
     calls += [evaluation(stage, i == 0) for i, stage in enumerate(runs[0])]
     for call in calls[2:]:
         seconds(call)                                                  # warm-up
@@ -909,13 +1018,19 @@ def append_result(args, device, plan, experiment, **measured):
     """One line of results.jsonl: what was measured, under which conditions, by which source."""
     config, edm = args.config, edm_of(args.config)
     macs, nfe = plan_macs(config, args.channels, plan)
-    full = plan_macs(edm, args.channels, make_plan(edm["stages"]))[0]
+    full = plan_macs(edm, args.channels, make_plan(edm["stages"], space=edm["space"]))[0]
     cpu = "" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cpu}"
     plain = {k: str(v).replace(f"{HERE}/", "") if isinstance(v, (str, Path)) else v
-             for k, v in vars(args).items() if k != "config"}
-    line = dict(experiment=experiment, method=config["arch"], solver="heun", data=args.data,
-                preset=config["preset"], stages=config["stages"], cond=config["cond"], up=config["up"],
+             for k, v in vars(args).items() if k not in ("config", "autoencoder")}
+    if args.autoencoder is not None:
+        r = config["stages"][-1]
+        with torch.device("meta"):
+            measured["decoder_macs"] = count_macs(copy.deepcopy(args.autoencoder).to("meta").decode, torch.zeros(
+                1, args.channels, r, r))
+    line = dict(experiment=experiment, method=config["arch"], space=config["space"], data=args.data,
+                solver="euler" if config["space"] == "latent" else "heun", preset=config["preset"],
+                stages=config["stages"], cond=config["cond"], up=config["up"],
                 cond_scale=config["cond_scale"], told=config["told"], **measured, nfe=nfe, macs_per_image=macs,
                 relative_macs=macs / full, parameters=parameters(config, args.channels), device=name,
                 torch=torch.__version__, images_seen=args.images_seen, budget=config["budget"],
@@ -931,12 +1046,13 @@ def evaluate(args, denoiser, device, rank, world, jobs=None, experiment=None):
     """FD, inception score, MACs, images/s (without jobs: beside EDM's) for every plan and seed, a line of results
     each; image i of seed s comes from seed s * n + i. jobs: [(name, plan), ...], else the plan of the command
     line. Returns the mean FD of each."""
-    data = args.data or args.config["data"]
-    x, _, captions = load_images(data, args.config["stages"][-1])
+    data, R = args.data or args.config["data"], args.config["stages"][-1] * args.config.get("factor", 1)
+    x, _, captions = load_images(data, R)
+    channels = args.channels if args.autoencoder is None else args.autoencoder.channels
     extractor, name = load_extractor(data, device, args.inception)
     if args.n <= extractor.width:
         raise ValueError(f"--n {args.n} is too small for FD with {extractor.width} features")
-    if x.shape[1:] != (args.channels, *args.config["stages"][-1:] * 2):
+    if x.shape[1:] != (channels, R, R):
         raise ValueError(f"--data {data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
                          f"'{args.config['data']}'")
     reference, means = feature_stats(extract(extractor, x)[0]), []
@@ -966,6 +1082,265 @@ def evaluate(args, denoiser, device, rank, world, jobs=None, experiment=None):
 
 
 # ---------------------------------------------------------------------------------------------
+# Latent version (Sec. 4.1, Table 4): autoencoder, LightningDiT, rectified flow
+# ---------------------------------------------------------------------------------------------
+class Residual(nn.Module):
+    """norm - SiLU - conv, twice, plus the input."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(c), group_norm(c)
+        self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class Autoencoder(nn.Module):
+    """A small variational autoencoder: images (B, channels, H, W) in [-1, 1] <-> latents (B, latent, H / factor,
+    W / factor), which have mean 0 and deviation 1 in each channel by two buffers that train_autoencoder sets."""
+
+    def __init__(self, channels, latent, factor, ch=32):
+        super().__init__()
+        if factor < 2 or factor & (factor - 1):
+            raise ValueError(f"the autoencoder's factor must be a power of 2: {factor}")
+        self.channels, self.latent, self.factor = channels, latent, factor
+        self.register_buffer("mean", torch.zeros(latent, 1, 1))
+        self.register_buffer("std", torch.ones(latent, 1, 1))
+        widths = [channels] + [ch * min(2 ** i, 4) for i in range(int(math.log2(factor)))]
+        encoder, decoder = [], [nn.Conv2d(latent, widths[-1], 3, padding=1)]
+        for c, c_next in zip(widths, widths[1:]):              # halve: 2x2 pixels become channels
+            encoder += [nn.PixelUnshuffle(2), nn.Conv2d(4 * c, c_next, 3, padding=1), Residual(c_next)]
+        for c, c_next in zip(widths[::-1], widths[-2::-1]):
+            decoder += [Residual(c), group_norm(c), nn.SiLU(), nn.Conv2d(c, 4 * c_next, 3, padding=1),
+                        nn.PixelShuffle(2)]
+        c = widths[-1]
+        encoder += [group_norm(c), nn.SiLU(), nn.Conv2d(c, 2 * latent, 3, padding=1)]
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+    def encode(self, x):
+        return (self.encoder(x)[:, :self.latent] - self.mean) / self.std
+
+    def decode(self, z):
+        return self.decoder(z * self.std + self.mean)
+
+    def loss(self, x, eps):
+        """Squared error, per pixel, of the image decoded from a random latent, plus the KL term; eps: like a latent."""
+        mean, log_var = self.encoder(x).float().chunk(2, dim=1)
+        log_var = log_var.clamp(-20, 10)
+        kl = (mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2
+        return F.mse_loss(self.decoder(mean + (log_var / 2).exp() * eps).float(), x) + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def encode_all(autoencoder, x, device, batch=500):
+    """uint8 images (n, C, H, W) -> float32 latents on the CPU, in batches."""
+    return torch.cat([autoencoder.encode(to_float(part.to(device))).cpu() for part in x.split(batch)])
+
+
+def train_autoencoder(autoencoder, x, iters, device, precision="auto", seed=0):
+    """Trains it on uint8 images x (n, C, H, W) and sets the mean and std of its latents.
+    Raises ValueError if the loss is not finite."""
+    optimizer, loss = torch.optim.Adam(autoencoder.parameters(), lr=AE_LR), torch.zeros(())
+    side = x.shape[-1] // autoencoder.factor
+    todo = range(1, iters + 1)
+    for step in progress(todo, "train autoencoder", AE_BATCH, note=lambda: f"loss {float(loss.detach()):.5f}"):
+        torch.manual_seed(seed * 10_000_019 + step)
+        x0 = to_float(x[torch.randint(0, len(x), (AE_BATCH,))].to(device))
+        eps = torch.randn(AE_BATCH, autoencoder.latent, side, side).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = AE_LR * min(1, step / 100, 2 * (1 - (step - 1) / iters))     # the second half: falling
+        with autocast(device, precision):
+            loss = autoencoder.loss(x0, eps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (step % 50 == 0 or step == iters) and not loss.isfinite():
+            raise ValueError(f"the autoencoder's loss is not finite: stopped at step {step}")
+    z = encode_all(autoencoder, x, device)
+    autoencoder.mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
+    autoencoder.std.copy_(z.std((0, 2, 3)).view(-1, 1, 1))
+
+
+def load_autoencoder(saved, path):
+    """The autoencoder in a loaded checkpoint, ready to use."""
+    if "autoencoder" not in saved:
+        raise ValueError(f"{path} holds no autoencoder: name a checkpoint of --space latent")
+    autoencoder = Autoencoder(*saved["autoencoder_shape"])
+    autoencoder.load_state_dict(saved["autoencoder"])
+    return autoencoder.eval().requires_grad_(False)
+
+
+def get_autoencoder(args, x, saved, run, device, rank, world):
+    """That of the checkpoint to go on with, or of --autoencoder, else a new one, trained on the images x; written to
+    `run` with a picture: a row of images, a row of what comes back."""
+    shape = [x.shape[1], args.latent, args.factor]
+    path = args.checkpoint if saved else args.autoencoder
+    if path:
+        autoencoder = load_autoencoder(saved or load_checkpoint(path), path).to(device)
+        found = [autoencoder.channels, autoencoder.latent, autoencoder.factor]
+        if found != shape:
+            raise ValueError(f"{path}: its autoencoder has channels, latent channels, factor {found}, wanted {shape}")
+        return autoencoder
+    torch.manual_seed(args.seed)
+    autoencoder = Autoencoder(*shape).to(device)
+    train_autoencoder(autoencoder, x, args.ae_iters, device, args.precision, args.seed)
+    if world > 1:                                                      # one for all processes
+        for value in autoencoder.state_dict().values():
+            dist.broadcast(value, 0)
+    autoencoder.eval().requires_grad_(False)
+    if rank == 0:
+        some = x[:16]
+        back = to_image(autoencoder.encode(to_float(some.to(device))), autoencoder)
+        save_grid(run / "autoencoder.png", torch.cat([some, back]), len(some))
+        save_checkpoint(run / "autoencoder.pt", autoencoder=autoencoder.state_dict(), autoencoder_shape=shape)
+    return autoencoder
+
+
+def axis_angles(side, n):
+    """(side * side, 2n): row and column of each token times n frequencies from 1 down to 1 / 10000."""
+    frequency = 1e4 ** (-torch.arange(n) / n)
+    at = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+    return (at[:, :, None] * frequency).flatten(1)
+
+
+def rotate(x, angle):
+    """Rotary position embedding: x (B, heads, N, d), each pair of channels turned by angle (N, d / 2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+class DiTBlock(nn.Module):
+    """LightningDiT's block: attention with rotary positions, SwiGLU; RMS norms, scaled, shifted and gated by c."""
+
+    def __init__(self, ch, heads):
+        super().__init__()
+        self.heads, hidden = heads, int(8 * ch / 3)
+        self.norm1, self.norm2 = nn.RMSNorm(ch, eps=1e-6), nn.RMSNorm(ch, eps=1e-6)
+        self.qkv, self.out = nn.Linear(ch, 3 * ch), nn.Linear(ch, ch)
+        self.w12, self.w3 = nn.Linear(ch, 2 * hidden), nn.Linear(hidden, ch)
+        self.modulation = nn.Linear(ch, 6 * ch)
+
+    def forward(self, x, c, angle):
+        """x (B, N, ch), c (B, ch), angle (N, ch / heads / 2)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        h = self.qkv(self.norm1(x) * (1 + scale1) + shift1)
+        q, k, v = h.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)           # (B, heads, N, d) each
+        h = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v)
+        x = x + gate1 * self.out(h.transpose(1, 2).flatten(2))
+        gate, h = self.w12(self.norm2(x) * (1 + scale2) + shift2).chunk(2, dim=-1)
+        return x + gate2 * self.w3(F.silu(gate) * h)
+
+
+class DiTExit(nn.Module):
+    """DiT's final layer: norm, scaled and shifted by c, linear."""
+
+    def __init__(self, ch, channels):
+        super().__init__()
+        self.norm, self.modulation = nn.RMSNorm(ch, eps=1e-6), nn.Linear(ch, 2 * ch)
+        self.linear = nn.Linear(ch, channels)
+
+    def forward(self, x, c):
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(self.norm(x) * (1 + scale) + shift)
+
+
+class DiT(nn.Module):
+    """LightningDiT with several entries: v_hat (B, C, r, r) for each r in `stages`; a token is a latent pixel.
+
+    xt (B, C_in, r, r), C_in = C at the resolution `lowest` and 2C above it; t (B,) in 0 .. 1; y (B,), class number
+    `classes` (or None) is no label. METHOD: own entry, positions and exit for each resolution, shared blocks (D17).
+    """
+
+    def __init__(self, channels, stages, lowest, ch, blocks, classes=0):
+        super().__init__()
+        self.stages, self.classes, heads = tuple(stages), classes, max(1, ch // 64)
+        self.map1, self.map2 = nn.Linear(256, ch), nn.Linear(ch, ch)
+        self.map_label = nn.Embedding(classes + 1, ch) if classes else None
+        self.map_res = nn.Linear(len(stages), ch) if len(stages) > 1 else None
+        self.entry, self.exit, self.position = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterDict()
+        for r in stages:
+            self.entry[str(r)] = nn.Linear(channels * (1 if r == lowest else 2), ch)
+            self.exit[str(r)] = DiTExit(ch, channels)
+            angle = axis_angles(r, ch // 4)
+            self.position[str(r)] = nn.Parameter(torch.cat([angle.sin(), angle.cos()], dim=1), requires_grad=False)
+            self.register_buffer(f"angle{r}", axis_angles(r, ch // heads // 4), persistent=False)
+        self.blocks = nn.ModuleList(DiTBlock(ch, heads) for _ in range(blocks))
+
+        for module in self.modules():                          # DiT: blocks start as the identity, v_hat as 0
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for part in (self.map1, self.map2, *([self.map_label] if classes else [])):
+            nn.init.normal_(part.weight, std=0.02)
+        for part in (*(block.modulation for block in self.blocks), *(out.modulation for out in self.exit.values()),
+                     *(out.linear for out in self.exit.values())):
+            nn.init.zeros_(part.weight)
+
+    def forward(self, xt, t, y=None):
+        r = xt.shape[-1]
+        if r not in self.stages or xt.shape[-2] != r:
+            raise ValueError(f"the network has no entry for {xt.shape[-2]}x{r}, only for {list(self.stages)}")
+        c = self.map2(F.silu(self.map1(timestep_embedding(t, 256))))
+        if self.map_label is not None:
+            c = c + self.map_label(torch.full_like(t, self.classes, dtype=torch.long) if y is None else y)
+        if self.map_res is not None:                           # METHOD: resolution embedding (D2)
+            one_hot = torch.zeros(1, len(self.stages), device=xt.device)
+            one_hot[:, self.stages.index(r)] = len(self.stages) ** 0.5
+            c = c + self.map_res(one_hot)
+        c = F.silu(c)
+        h = self.entry[str(r)](xt.flatten(2).transpose(1, 2)) + self.position[str(r)]
+        for block in self.blocks:
+            h = block(h, c, self.get_buffer(f"angle{r}"))
+        return self.exit[str(r)](h, c).transpose(1, 2).unflatten(2, (r, r))
+
+
+def velocity(net, xt, t, z=None, y=None):
+    """v_hat, the network's estimate of x0 - eps (B, C, r, r), for xt = t x0 + (1 - t) eps, t (B,). METHOD: z, the
+    up-sampled image of the stage before with noise, enters beside xt, as it is (D18)."""
+    return net(xt if z is None else torch.cat([xt, z], dim=1), t.to(xt.dtype), y)
+
+
+def draw_flow_noise(B, channels, stages):
+    """draw_noise for rectified flow: t = sigmoid of a normal number (LightningDiT) takes the place of sigma and s."""
+    return [[v if i % 2 or v is None else torch.randn(B).sigmoid() for i, v in enumerate(draw)]
+            for draw in draw_noise(B, channels, stages)]
+
+
+def flow_cascade_loss(net, x0, draws, y=None, up="nearest"):
+    """METHOD: cascade_loss for LightningDiT: of each stage the squared error of v, a mean over its elements, plus
+    1 - cosine between v_hat and v, a mean over its positions; the stages' are added together (D18)."""
+    pyramid = [x0]
+    while len(pyramid) < len(draws):
+        pyramid.insert(0, downsample(pyramid[0]))
+    total, of_image = 0, (-1, 1, 1, 1)
+    for i, (t, eps, t_z, eps_z) in enumerate(draws):
+        a, b = t.view(of_image), None if t_z is None else t_z.view(of_image)
+        z = upsample(b * pyramid[i - 1] + (1 - b) * eps_z, up) if i else None
+        v_hat, v = velocity(net, a * pyramid[i] + (1 - a) * eps, t, z, y).float(), pyramid[i] - eps
+        total = total + F.mse_loss(v_hat, v) + (1 - F.cosine_similarity(v_hat, v, dim=1)).mean()
+    return total
+
+
+def flow_times(steps, shift):
+    """LightningDiT's times: `steps` + 1 floats from 0 (noise) to 1 (data), closer together near 0 if shift < 1."""
+    return [shift * i / (steps + (shift - 1) * i) for i in range(steps + 1)]
+
+
+def euler_sample(model, noise, ts, evaluations=None):
+    """Euler's method from ts[0] = 0 to ts[-1] = 1, an evaluation each; model(xt, t float) -> v_hat. noise (B, C, r, r).
+    METHOD: truncation after `evaluations` K of them. Raises ValueError if K is not in 1 .. len(ts) - 1."""
+    K = len(ts) - 1 if evaluations is None else evaluations
+    if not 1 <= K <= len(ts) - 1:
+        raise ValueError(f"{K} evaluations: a schedule of {len(ts) - 1} steps has 1 .. {len(ts) - 1}")
+    xt = noise.double()
+    for t, t_next in zip(ts[:K], ts[1:]):
+        xt = xt + (t_next - t) * model(xt, t)
+    return xt
+
+
+# ---------------------------------------------------------------------------------------------
 # Ledger
 # ---------------------------------------------------------------------------------------------
 # differs: the cells of another paper
@@ -980,8 +1355,8 @@ def ledger(path):
         print(f"{table:13} {cell:50} {printed:>15} {value:>17}  {note}")
 
     def case(preset, arch, stages, classes=0):
-        config = {k: v[PRESET_NAMES.index(preset)] for k, v in PRESETS.items()}
-        return dict(config, arch=arch, stages=stages, classes=classes, told=False, up="nearest")
+        return dict(preset_of(preset, "pixel"), space="pixel", arch=arch, stages=stages, classes=classes, told=False,
+                    up="nearest")
 
     # Sizes. The paper prints one for the networks with and without labels.
     for table, data, preset, arch, stages, printed, note in (
@@ -1033,6 +1408,22 @@ def ledger(path):
         plan = make_plan([16, 32], [18, 9], [K])
         row("11", f"CIFAR10 16-32, K = {K} of 35: sigma at the stop", None, plan["stages"][0]["sigma_stop"])
 
+    # Latent space: LightningDiT-B/1, one conditional pass, without the autoencoder
+    latent = dict(preset_of("paper-dit", "latent"), space="latent", up="nearest", classes=1000)
+    dit, two = dict(latent, arch="dit", stages=[16]), dict(latent, arch="lowdiff", stages=[8, 16])
+    for kind, config, printed, nfe in (("LightningDiT", dit, 130.56e6, [100]), ("LowDiff", two, 131.86e6, [45, 50])):
+        macs, counted = plan_macs(config, 32, make_plan(config["stages"], space="latent"))
+        row("4", f"ImageNet {kind}: parameters", printed, parameters(config, 32), "with the fixed position tables")
+        for r, a, b in zip(config["stages"], nfe, counted):
+            row("4", f"ImageNet {kind}: NFE at {r}x{r}", a, b)
+            row("4", f"ImageNet {kind}: GMAC per evaluation at {r}x{r}", None,
+                network_macs(json.dumps(config), 32, r) / 1e9)
+        row("4", f"ImageNet {kind}: GMAC per image", None, macs / 1e9)
+    full = plan_macs(dit, 32, make_plan([16], space="latent"))[0]
+    row("5", "ImageNet: throughput gain, %", 65.5, 100 * (full / macs - 1), "by MACs; printed: 4.8 / 2.9 images/s")
+    each = [network_macs(json.dumps(two), 32, r) for r in (8, 16)]
+    row("App. B", "ImageNet: effective NFE", None, effective_nfe([45, 50], each), "by MACs")
+
     # Effective NFE, from the seconds of an evaluation that the printed latencies imply (Tables 5, 6), and from MACs.
     at_32 = 2.22 / 35
     at_16 = (1.39 - 17 * at_32) / 19
@@ -1046,7 +1437,16 @@ def ledger(path):
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
-CONFIG = (*PRESETS, "data", "preset", "seed", "arch", "cond", "classes", "up", "cond_scale", "told")   # in a checkpoint
+CONFIG = (*{**PRESETS, **LATENT_PRESETS}, "space", "data", "preset", "seed", "arch", "cond", "classes", "up",
+          "cond_scale", "told")                                        # in a checkpoint
+
+
+def preset_of(name, space):
+    """The values of a preset of --space pixel or latent, as a dict."""
+    presets, names = (LATENT_PRESETS, LATENT_NAMES) if space == "latent" else (PRESETS, PRESET_NAMES)
+    if name not in names:
+        raise ValueError(f"--preset {name}: --space {space} has {', '.join(names)}")
+    return {key: values[names.index(name)] for key, values in presets.items()}
 
 
 # differs: other options
@@ -1060,7 +1460,7 @@ def get_args(argv=None):
         do.add_argument(f"--{name}", action="store_true", help=text)
     run = p.add_argument_group("run")
     run.add_argument("--data", help="fashion10k (default: the checkpoint's), fashion, cifar10, emoji, or a folder")
-    run.add_argument("--preset", default="small", choices=PRESET_NAMES)
+    run.add_argument("--preset", default="small", choices=dict.fromkeys(PRESET_NAMES + LATENT_NAMES))
     run.add_argument("--iters", type=int, help="training steps (default: what --budget pays for)")
     run.add_argument("--batch", type=int, help="images per training step, all processes together")
     run.add_argument("--lr", type=float)
@@ -1080,8 +1480,11 @@ def get_args(argv=None):
     run.add_argument("--experiment", help="name of the table or figure in the results")
     run.add_argument("--inception", help="FD with Inception-v3: path of its weights, or 'download'")
     m = p.add_argument_group("METHOD")
-    m.add_argument("--arch", default="lowdiff", choices=ARCHS, help="edm: the off switch, its last stage only; "
-                   "cdm: a network for each stage")
+    m.add_argument("--arch", default="lowdiff", choices=ARCHS, help="edm, in latents dit: the off switch, the last "
+                   "stage only; cdm: a network for each stage")
+    m.add_argument("--space", default=None, choices=("pixel", "latent"), help="train: latent: LightningDiT (Table 4)")
+    m.add_argument("--autoencoder", help="train: a latent checkpoint whose autoencoder to use (default: train one)")
+    m.add_argument("--guidance", type=float, default=1.0, help="classifier-free, of latent models (1: none)")
     m.add_argument("--stages", type=int, nargs="+", help="resolutions, each twice the one before")
     m.add_argument("--budget", type=float, help="training MACs, forward (default: of EDM's steps of the preset)")
     m.add_argument("--cond", action=argparse.BooleanOptionalAction, default=False, help="train with class labels")
@@ -1097,12 +1500,19 @@ def get_args(argv=None):
     m.add_argument("--cond-scale", default="own", choices=("own", "input"), help="train: of the condition (D4)")
     m.add_argument("--told", action="store_true", help="train: tell the network the condition's level (D3)")
     args = p.parse_args(argv)
-    if args.arch == "edm" and len(args.stages or [0]) > 1:
-        raise ValueError("--arch edm has one stage: the resolution of the images")
-    for key, values in PRESETS.items():
+    single = args.arch in ("edm", "dit")
+    if single and len(args.stages or [0]) > 1:
+        raise ValueError(f"--arch {args.arch} has one stage: the last resolution")
+    args.space = args.space or ("latent" if args.arch == "dit" or args.preset == "paper-dit" else "pixel")
+    if args.arch == ("edm" if args.space == "latent" else "dit"):
+        raise ValueError(f"--arch {args.arch} does not work in {args.space} space")
+    if args.space == "latent" and (args.told or args.cond_scale != "own"):
+        raise ValueError("--told and --cond-scale are for pixel models")
+    if args.autoencoder and not (args.train and args.space == "latent"):
+        raise ValueError("--autoencoder goes with --train --space latent")
+    for key, value in preset_of(args.preset, args.space).items():
         if getattr(args, key, None) is None:
-            value = values[PRESET_NAMES.index(args.preset)]
-            setattr(args, key, value[-1:] if key == "stages" and args.arch == "edm" else value)
+            setattr(args, key, value[-1:] if key == "stages" and single else value)
     check_stages(args.stages)
     for key in ("n", "iters", "batch", "seeds", "save_every"):
         if getattr(args, key) is not None and getattr(args, key) < 1:

@@ -30,9 +30,10 @@ SCRIPT = ROOT / "lowdiff.py"
 
 
 def preset(name, arch="lowdiff", stages=None, **changes):
-    config = {k: v[c.PRESET_NAMES.index(name)] for k, v in c.PRESETS.items()}
-    stages = stages or (config["stages"][-1:] if arch == "edm" else config["stages"])
-    return dict(config, arch=arch, stages=stages, classes=0, told=False, up="nearest", **changes)
+    space = "latent" if changes.get("space") == "latent" or name == "paper-dit" else "pixel"
+    config = c.preset_of(name, space)
+    stages = stages or (config["stages"][-1:] if arch in ("edm", "dit") else config["stages"])
+    return dict(config, arch=arch, stages=stages, classes=0, told=False, up="nearest", **dict(changes, space=space))
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -1069,11 +1070,11 @@ def test_ledger(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "results" / "lowdiff" / "ledger.json").read_text())
     assert all(set(row) == {"table", "cell", "paper", "ours", "note"} for row in rows)
     nfe = [row for row in rows if "NFE at" in row["cell"]]
-    assert len(nfe) == 17 and all(row["paper"] == row["ours"] for row in nfe)
+    assert len(nfe) == 20 and all(row["paper"] == row["ours"] for row in nfe)
     sizes = [row for row in rows if "parameters" in row["cell"]]
-    assert len(sizes) == 12 and all(row["note"] or abs(row["ours"] - row["paper"]) <= 10_000 for row in sizes)
+    assert len(sizes) == 14 and all(row["note"] or abs(row["ours"] - row["paper"]) <= 10_000 for row in sizes)
     assert all(abs(row["ours"] / row["paper"] - 1) < 3e-4 for row in sizes)
-    assert [row["ours"] for row in rows if "effective" in row["cell"]] == [22, 22]
+    assert [row["ours"] for row in rows if "effective" in row["cell"]] == [61, 22, 22]
     assert capsys.readouterr().out.count("\n") == len(rows)
 
 

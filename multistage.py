@@ -13,6 +13,7 @@ Run (README.md has more):
     python multistage.py --train --arch unified              # off switch: a plain U-Net and DPM-Solver
     python multistage.py --train --arch unified --diffusion edm     # off switch of EDM
     python multistage.py --train --arch separate --widths 24 24 24 --budget 2e13    # Table 3, equal MACs
+    python multistage.py --train --space latent              # Table 1, LDM: an autoencoder, its latents' stages
     torchrun --nproc_per_node=2 -- multistage.py --train        # two processes (or GPUs)
     python multistage.py --ledger                            # Tables 2, 4, 5, 6, 7: parameters, MACs, edges
 
@@ -52,7 +53,9 @@ D13 Preset small is c2f_trd.py's network, its decoders 1.5, 1 and 1/3 as wide as
 D14 Constant learning rate, as the paper: points of one curve compare (--decay lets it fall at the end).
 D15 Preset paper-ldm has attention in the first decoder only, as the official class by an oversight (a variable
     is not reset); Table 6 is of this network. Ours runs in pixels, its first stage is not here.
-Not here: the latent-space models' autoencoder; the paper's Fig. 2; EDM's own network.
+D16 --space latent: the autoencoder is small and trained here, on the same images, the clustering is of its latents
+    with the same thresholds (the paper takes its pixel edges over). paper-ldm's own autoencoder is not here.
+Not here: the paper's Fig. 2; EDM's own network.
 """
 import argparse
 import copy
@@ -92,7 +95,7 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80
 PAPER_EDGES = (0.442, 0.631)   # t1, t2 of Table 4: the stages that the three widths of a preset belong to
 ARCHS = ("multistage", "unified", "separate")                  # unified: the off switch
 CLUSTERINGS = ("optimal", "optimal2", "time", "snr", "gradient")       # Table 4; optimal2: Algorithm 2
-SOLVERS = {"dpm1": 1, "dpm2": 2, "dpm3": 3, "heun": 2}         # order; dpm: DPM-Solver singlestep
+SOLVERS = {"dpm1": 1, "dpm2": 2, "dpm3": 3, "dpm2m": 2, "heun": 2}     # order; dpm: DPM-Solver singlestep, 2m: ++ 2M
 CLUSTER_SEED = 10 ** 9                                         # far from samples' seeds
 ARCHITECTURE = ("ch", "mult", "blocks", "attention", "patch", "dropout", "plus", "groups", "attended")
 
@@ -121,6 +124,16 @@ PRESETS = {
     "samples":          (200,        10_000,        50_000,           50_000),       # K of Algorithms 1 and 2
 }
 PRESET_NAMES = ("tiny", "small", "paper", "paper-ldm")
+
+# --space latent: what a preset changes; latent, factor: channels of the latents, pixels per side of a latent pixel
+LATENT_PRESETS = {
+    "tiny": dict(res=8, patch=1, latent=4, factor=4, ae_iters=20),
+    "small": dict(res=8, patch=1, ch=32, widths=[48, 32, 12], mult=[1, 2], attention=[0, 1], latent=4, factor=4,
+                  ae_iters=1500),
+    "paper-ldm": dict(latent=3, factor=4, ae_iters=100_000),
+}
+KL_WEIGHT = 1e-4               # of the autoencoder: keeps the latents near a normal distribution
+AE_BATCH, AE_LR = 64, 2e-3     # of the autoencoder
 
 
 # ---------------------------------------------------------------------------------------------
@@ -362,6 +375,145 @@ def build_net(config, channels):
     else:
         net = UNet(channels, config["widths"], **options)
     return net.to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------
+# Autoencoder of --space latent: lowdiff.py's
+# ---------------------------------------------------------------------------------------------
+# differs: norms of the autoencoder only
+def group_norm(c):
+    """GroupNorm of the autoencoder: 32 groups, fewer where a group would have less than 4 channels."""
+    return nn.GroupNorm(min(32, c // 4), c, eps=1e-6)
+
+
+class Residual(nn.Module):
+    """norm - SiLU - conv, twice, plus the input."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(c), group_norm(c)
+        self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class Autoencoder(nn.Module):
+    """A small variational autoencoder: images (B, channels, H, W) in [-1, 1] <-> latents (B, latent, H / factor,
+    W / factor), which have mean 0 and deviation 1 in each channel by two buffers that train_autoencoder sets."""
+
+    def __init__(self, channels, latent, factor, ch=32):
+        super().__init__()
+        if factor < 2 or factor & (factor - 1):
+            raise ValueError(f"the autoencoder's factor must be a power of 2: {factor}")
+        self.channels, self.latent, self.factor = channels, latent, factor
+        self.register_buffer("mean", torch.zeros(latent, 1, 1))
+        self.register_buffer("std", torch.ones(latent, 1, 1))
+        widths = [channels] + [ch * min(2 ** i, 4) for i in range(int(math.log2(factor)))]
+        encoder, decoder = [], [nn.Conv2d(latent, widths[-1], 3, padding=1)]
+        for c, c_next in zip(widths, widths[1:]):              # halve: 2x2 pixels become channels
+            encoder += [nn.PixelUnshuffle(2), nn.Conv2d(4 * c, c_next, 3, padding=1), Residual(c_next)]
+        for c, c_next in zip(widths[::-1], widths[-2::-1]):
+            decoder += [Residual(c), group_norm(c), nn.SiLU(), nn.Conv2d(c, 4 * c_next, 3, padding=1),
+                        nn.PixelShuffle(2)]
+        c = widths[-1]
+        encoder += [group_norm(c), nn.SiLU(), nn.Conv2d(c, 2 * latent, 3, padding=1)]
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+    def encode(self, x):
+        return (self.encoder(x)[:, :self.latent] - self.mean) / self.std
+
+    def decode(self, z):
+        return self.decoder(z * self.std + self.mean)
+
+    def loss(self, x, eps):
+        """Squared error, per pixel, of the image decoded from a random latent, plus the KL term; eps: like a latent."""
+        mean, log_var = self.encoder(x).float().chunk(2, dim=1)
+        log_var = log_var.clamp(-20, 10)
+        kl = (mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2
+        return F.mse_loss(self.decoder(mean + (log_var / 2).exp() * eps).float(), x) + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def encode_all(autoencoder, x, device, batch=500):
+    """uint8 images (n, C, H, W) -> float32 latents on the CPU, in batches."""
+    return torch.cat([autoencoder.encode(to_float(part.to(device))).cpu() for part in x.split(batch)])
+
+
+def train_autoencoder(autoencoder, x, iters, device, precision="auto", seed=0):
+    """Trains it on uint8 images x (n, C, H, W) and sets the mean and std of its latents.
+    Raises ValueError if the loss is not finite."""
+    optimizer, loss = torch.optim.Adam(autoencoder.parameters(), lr=AE_LR), torch.zeros(())
+    side = x.shape[-1] // autoencoder.factor
+    todo = range(1, iters + 1)
+    for step in progress(todo, "train autoencoder", AE_BATCH, note=lambda: f"loss {float(loss.detach()):.5f}"):
+        torch.manual_seed(seed * 10_000_019 + step)
+        x0 = to_float(x[torch.randint(0, len(x), (AE_BATCH,))].to(device))
+        eps = torch.randn(AE_BATCH, autoencoder.latent, side, side).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = AE_LR * min(1, step / 100, 2 * (1 - (step - 1) / iters))     # the second half: falling
+        with autocast(device, precision):
+            loss = autoencoder.loss(x0, eps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (step % 50 == 0 or step == iters) and not loss.isfinite():
+            raise ValueError(f"the autoencoder's loss is not finite: stopped at step {step}")
+    z = encode_all(autoencoder, x, device)
+    autoencoder.mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
+    autoencoder.std.copy_(z.std((0, 2, 3)).view(-1, 1, 1))
+
+
+def load_autoencoder(saved, path):
+    """The autoencoder in a loaded checkpoint, ready to use."""
+    if "autoencoder" not in saved:
+        raise ValueError(f"{path} holds no autoencoder: name a checkpoint of --space latent")
+    autoencoder = Autoencoder(*saved["autoencoder_shape"])
+    autoencoder.load_state_dict(saved["autoencoder"])
+    return autoencoder.eval().requires_grad_(False)
+
+
+def to_image(x, autoencoder):
+    """Samples (B, C, r, r) as uint8 images on the CPU, decoded first if they are latents."""
+    return to_uint8(x if autoencoder is None else autoencoder.decode(x.float())).cpu()
+
+
+# differs: of the folder --out, for the clustering and all networks trained there
+def get_autoencoder(args, device, rank, world):
+    """That of the file --autoencoder, else of OUT/autoencoder.pt, else a new one, trained on --data and written
+    there, with a picture: a row of images, a row of what comes back."""
+    x, path = load_images(args.data or "fashion10k", args.res * args.factor)[0], Path(args.out) / "autoencoder.pt"
+    shape, R = [x.shape[1], args.latent, args.factor], args.res * args.factor
+    if x.shape[-1] != R:
+        raise ValueError(f"--data {args.data} has images of {x.shape[-1]}x{x.shape[-1]}, the latents need {R}x{R}")
+    if args.autoencoder or path.is_file():
+        path = args.autoencoder or path
+        autoencoder = load_autoencoder(load_checkpoint(path), path).to(device)
+        found = [autoencoder.channels, autoencoder.latent, autoencoder.factor]
+        if found != shape:
+            raise ValueError(f"{path}: its autoencoder has channels, latent channels, factor {found}, wanted {shape}")
+        return autoencoder
+    torch.manual_seed(args.seed)
+    autoencoder = Autoencoder(*shape).to(device)
+    train_autoencoder(autoencoder, x, args.ae_iters, device, args.precision, args.seed)
+    if world > 1:                                                      # one for all processes
+        for value in autoencoder.state_dict().values():
+            dist.broadcast(value, 0)
+    autoencoder.eval().requires_grad_(False)
+    if rank == 0:
+        back = to_image(autoencoder.encode(to_float(x[:16].to(device))), autoencoder)
+        save_grid(path.with_suffix(".png"), torch.cat([x[:16], back]), len(back))
+        save_checkpoint(path, autoencoder=autoencoder.state_dict(), autoencoder_shape=shape)
+    return autoencoder
+
+
+def model_data(args, device):
+    """What is modelled, float (n, C, R, R) on the CPU: the images of --data in [-1, 1], or their latents."""
+    name, R = args.data or "fashion10k", args.res * (args.factor if args.space == "latent" else 1)
+    x = load_images(name, R)[0]
+    if len(x) < 2:
+        raise ValueError(f"--data {name} has {len(x)} image: nothing to cluster or to learn from")
+    return x if args.autoencoder is None else encode_all(args.autoencoder, x, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -710,6 +862,20 @@ def dpm_solver_sample(eps_model, xt, nfe=20, order=3, t_end=T_END):
     return x * scale_of(float(sigma_of(t_end)))
 
 
+# differs: continuous time
+def dpm_solver_pp_sample(x0_model, xt, steps=20, t_end=T_END):
+    """DPM-Solver++ 2M: `steps` steps even in t from 1 to t_end, an evaluation each, the solver of the paper's latent
+    models. x0_model(xt, t) -> x0_hat, t a float; xt (B, C, H, W): N(0, 1) at t = 1. The result is at t_end."""
+    ts = [1 + (t_end - 1) * k / steps for k in range(steps + 1)]
+    x, before = xt / scale_of(float(sigma_of(1.0))), None
+    for t, t_next in itertools.pairwise(ts):
+        sigma, sigma_next = float(sigma_of(t)), float(sigma_of(t_next))
+        x0_hat, h = x0_model(x * scale_of(sigma), t), math.log(sigma / sigma_next)
+        D = x0_hat if before is None else x0_hat + (x0_hat - before[0]) * h / (2 * before[1])
+        x, before = sigma_next / sigma * x - math.expm1(-h) * D, (x0_hat, h)
+    return x * scale_of(float(sigma_of(t_end)))
+
+
 def edm_sigmas(steps):
     """EDM's ladder: `steps` noise levels from SIGMA_MAX down to SIGMA_MIN, then 0."""
     a, b = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
@@ -736,7 +902,8 @@ def heun_sample(denoiser, x, sigmas):
 def plan_path(args):
     """Where --search leaves its plan, and --train looks for it."""
     unit = "_unit" if args.unit_range else ""
-    return Path(args.out) / f"plan_{args.clustering}_{args.stages}{unit}.json"
+    space = "_latent" if args.space == "latent" else ""
+    return Path(args.out) / f"plan_{args.clustering}_{args.stages}{unit}{space}.json"
 
 
 # differs: another method
@@ -745,10 +912,8 @@ def search(args, device):
     begun, affinity, data = time.time(), None, None
     name = args.data or "fashion10k"
     if args.clustering not in ("time", "snr"):
-        x, _, _ = load_images(name, args.res)
-        if len(x) < 2:
-            raise ValueError(f"clustering needs at least two images, --data {name} has {len(x)}")
-        data = to_float(x).to(device)
+        data = model_data(args, device).to(device)
+        data = to_float(data) if args.space == "pixel" else data
     if args.clustering == "gradient":
         find_checkpoint(args)
         saved = load_checkpoint(args.checkpoint)
@@ -815,6 +980,11 @@ def run_sampler(net, config, z, solver, steps, t_end=T_END, trace=lambda t, stag
         sigmas = edm_sigmas(steps)
         return heun_sample(lambda x, sigma: edm_x0(net, x, sigma, stage_at(float(t_of(sigma)))),
                            z * sigmas[0], sigmas)
+    if solver == "dpm2m":
+        def x0_model(xt, t):
+            scale = scale_of(float(sigma_of(t)))
+            return (xt - (1 - scale ** 2) ** 0.5 * vp_eps(net, xt, t, stage_at(t))) / scale
+        return dpm_solver_pp_sample(x0_model, z, steps, t_end)
     return dpm_solver_sample(lambda xt, t: vp_eps(net, xt, t, stage_at(t)), z, steps, SOLVERS[solver], t_end)
 
 
@@ -823,7 +993,7 @@ def make_plan(config, solver, steps, t_end=T_END):
     """What is run: edges, and t and stage of each evaluation, taken from the executed sampler."""
     if (solver == "heun") != (config["diffusion"] == "edm"):
         raise ValueError(f"--solver {solver} is not for a network of --diffusion {config['diffusion']}: "
-                         "heun goes with edm, dpm1, dpm2 and dpm3 with vp")
+                         "heun goes with edm, the others with vp")
     if steps < 1:
         raise ValueError(f"--steps {steps} must be at least 1")
     seen = []
@@ -843,6 +1013,10 @@ def get_plan(args, solver, steps):
     return plan
 
 
+def default_solver(config):
+    return "heun" if config["diffusion"] == "edm" else "dpm2m" if config["space"] == "latent" else "dpm3"
+
+
 def method_name(config):
     """Row of Table 3: multistage, unified, separate with +ES (early stopping), +TP (tailored parameters)."""
     name = config["arch"] + "+ES" * config["early_stopping"]
@@ -852,9 +1026,12 @@ def method_name(config):
 def load_net(args, device):
     """The averaged network of the checkpoint; with early stopping, each stage's best."""
     saved = load_checkpoint(args.checkpoint)
-    args.config, args.channels = saved["args"], saved["channels"]
+    args.config, args.channels = saved.get("args"), saved.get("channels")
+    if "ema" not in saved:
+        raise ValueError(f"{args.checkpoint} holds an autoencoder only: name a checkpoint of --train")
+    args.autoencoder = load_autoencoder(saved, args.checkpoint).to(device) if "autoencoder" in saved else None
     args.data = args.data or args.config["data"]
-    args.solver = args.solver or ["heun" if args.config["diffusion"] == "edm" else "dpm3"]
+    args.solver = args.solver or [default_solver(args.config)]
     args.steps = args.steps or [18 if args.solver == ["heun"] else 20]
     args.seen = {k: saved[k] for k in ("images_seen", "step", "training_macs", "forward_macs")}
     net = build_net(args.config, args.channels)
@@ -878,7 +1055,7 @@ def sample(args, net, plan, seeds, device):
     for batch in progress(batches, f"sample {plan['solver']}", len(batches[0])):
         z = noise_for(batch.tolist(), shape).to(device)
         x = run_sampler(fast, config, z, plan["solver"], plan["steps"], plan["t_end"])
-        parts.append(to_uint8(x).cpu())
+        parts.append(to_image(x, args.autoencoder))
     return torch.cat(parts)
 
 
@@ -962,10 +1139,10 @@ def train(args, device, rank, world):
         run = Path(args.out) / name[0]
         args.edges = find_edges(args)
         args.widths = decoder_widths(args)
-    args.data = args.data or "fashion10k"
-    x, _, _ = load_images(args.data, args.res)
-    if len(x) < 2:
-        raise ValueError(f"--data {args.data} has {len(x)} image: nothing to learn from")
+    args.data, latent = args.data or "fashion10k", args.space == "latent"
+    if latent and args.resume:
+        args.autoencoder = load_autoencoder(saved, args.checkpoint).to(device)
+    x = model_data(args, device)
     channels, args.res, n = x.shape[1], x.shape[-1], len(args.widths)
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
@@ -973,7 +1150,8 @@ def train(args, device, rank, world):
     if len(probability) != n or min(probability) < 0 or abs(sum(probability) - 1) > 1e-6:
         raise ValueError(f"--stage-probability: {n} shares that add up to 1 are needed, not {probability}")
     config = {k: getattr(args, k) for k in (*PRESETS, "data", "preset", "arch", "diffusion", "edges", "seed",
-                                            "early_stopping", "stage_probability", "budget", "clustering")}
+                                            "early_stopping", "stage_probability", "budget", "clustering", "space")}
+    config.update({k: getattr(args, k) for k in ("latent", "factor", "ae_iters") if latent})
     macs = network_macs(json.dumps(config), channels)
     if args.budget and not args.resume:                                # METHOD: equal training MACs for all arms
         a_step = sum(p * step for p, (_, step) in zip(probability, macs)) * args.batch
@@ -981,7 +1159,7 @@ def train(args, device, rank, world):
     held_out, mine = None, slice(rank, None, world)
     if args.early_stopping:                                            # the last images are not trained on (D10)
         x, held_out = x.tensor_split([-max(1, min(1000, len(x) // 10))])
-        held_out = to_float(held_out).to(device)
+        held_out = (held_out if latent else to_float(held_out)).to(device)
         z = noise_for(range(len(held_out)), tuple(held_out.shape[1:])).to(device)
     torch.manual_seed(args.seed)
     net = build_net(config, channels)
@@ -1042,14 +1220,18 @@ def train(args, device, rank, world):
             return
         common = dict(step=step, channels=channels, args=config, images_seen=step * args.batch,
                       forward_macs=spent[0], training_macs=spent[1])
+        if latent:
+            common.update(autoencoder=args.autoencoder.state_dict(), autoencoder_shape=[
+                args.autoencoder.channels, args.autoencoder.latent, args.autoencoder.factor])
         state = ema.state_dict()
         if step == args.iters:                                         # what is shipped
             half = {k: v.half() for k, v in (state if best is None else best.state_dict()).items()}
             save_checkpoint(run / "weights.pt", **common, ema=half)
         save_checkpoint(run / "checkpoint.pt", **common, ema=state, net=net.state_dict(),
                         optimizer=optimizer.state_dict(), best=best and best.state_dict(), best_loss=best_loss)
-        grid = argparse.Namespace(config=config, channels=channels, precision=args.precision)
-        plan = make_plan(config, *(("heun", 6) if args.diffusion == "edm" else ("dpm3", 10)))
+        grid = argparse.Namespace(config=config, channels=channels, precision=args.precision,
+                                  autoencoder=args.autoencoder)
+        plan = make_plan(config, default_solver(config), 6 if args.diffusion == "edm" else 10)
         save_grid(run / "samples.png", sample(grid, best or ema, plan, range(32), device))
         each = [round(float(v) / c, 5) if c else None for v, c in zip(loss_sum, count)]
         line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5), stages=each,
@@ -1061,7 +1243,7 @@ def train(args, device, rank, world):
     def measure_while_training():                                      # Fig. 1(d): FD against training compute
         now = argparse.Namespace(**{**vars(args), "config": config, "channels": channels, "seeds": 1, "seed": 0,
                                     "n": args.fd_n, "experiment": "curve", "solver": None, "steps": None})
-        now.solver = ["heun"] if args.diffusion == "edm" else ["dpm3"]
+        now.solver = [default_solver(config)]
         now.steps = [18 if args.diffusion == "edm" else 20]
         now.seen = dict(images_seen=step * args.batch, step=step, training_macs=spent[1], forward_macs=spent[0])
         return dict(fd=evaluate(now, best or ema, device, rank, world))
@@ -1073,8 +1255,8 @@ def train(args, device, rank, world):
         stage = min(bisect_right(shares, float(torch.rand(()))), max(s for s in range(n) if probability[s]))
         i, u = torch.randint(0, len(x), (args.batch,)), torch.rand(args.batch, dtype=torch.float64)
         level = stage_levels(u, stage, args.edges, args.diffusion)[mine].to(device)
-        x0 = to_float(x[i[mine]])
-        if args.flip:
+        x0 = x[i[mine]] if latent else to_float(x[i[mine]])
+        if args.flip and not latent:
             x0 = torch.where(torch.rand(args.batch)[mine, None, None, None] < 0.5, x0.flip(-1), x0)
         eps = torch.randn(args.batch, *x0.shape[1:])[mine]
         x0, eps = x0.to(device), eps.to(device)
@@ -1137,7 +1319,7 @@ def device_name(device):
 
 def plain_args(args):
     return {k: str(v).replace(f"{HERE}/", "") if isinstance(v, (str, Path)) else v
-            for k, v in vars(args).items() if k not in ("config", "seen")}
+            for k, v in vars(args).items() if k not in ("config", "seen", "autoencoder")}
 
 
 def write_line(args, line):
@@ -1155,8 +1337,8 @@ def append_result(args, device, plan, experiment, **measured):
         parameters = sum(p.numel() for p in build_net(config, args.channels).parameters())
     write_line(args, dict(
         experiment=experiment, method=method_name(config), solver=plan["solver"], data=args.data,
-        preset=config["preset"], clustering=config["clustering"], edges=config["edges"], widths=config["widths"],
-        training_seed=config["seed"], **measured, nfe=plan["nfe"], macs_per_image=macs,
+        preset=config["preset"], space=config["space"], clustering=config["clustering"], edges=config["edges"],
+        widths=config["widths"], training_seed=config["seed"], **measured, nfe=plan["nfe"], macs_per_image=macs,
         macs_per_evaluation=per_evaluation, parameters=parameters, **args.seen,
         table2_pmacs=per_evaluation * args.seen["step"] / 1e15,        # the paper's: per image, no backward
         device=device_name(device), torch=torch.__version__, source_sha256=sha256_of(__file__), plan=plan,
@@ -1167,11 +1349,12 @@ def append_result(args, device, plan, experiment, **measured):
 def evaluate(args, net, device, rank, world):
     """FD, inception score, MACs and seconds for every --solver, --steps and seed; image i of seed s comes
     from seed s * n + i. One line of results each. Returns the last FD."""
-    x, _, captions = load_images(args.data, args.config["res"])
+    R = args.config["res"] * args.config.get("factor", 1)
+    x, _, captions = load_images(args.data, R)
     extractor, name = load_extractor(args.data, device, args.inception)
     if args.n <= extractor.width:
         raise ValueError(f"--n {args.n} is too small for FD with {extractor.width} features")
-    if x.shape[1:] != (args.channels, args.config["res"], args.config["res"]):
+    if x.shape[1:] != (args.channels if args.autoencoder is None else args.autoencoder.channels, R, R):
         raise ValueError(f"--data {args.data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
                          f"'{args.config['data']}'")
     reference, fd = feature_stats(extract(extractor, x)[0]), None
@@ -1375,9 +1558,13 @@ def get_args(argv=None):
     run.add_argument("--experiment", help="name of the table or figure in the results")
     run.add_argument("--inception", help="FD with Inception-v3: path of its weights, or 'download'")
     m = p.add_argument_group("METHOD")
+    m.add_argument("--space", default="pixel", choices=("pixel", "latent"), help="latent: LDM's, with an autoencoder")
+    m.add_argument("--autoencoder", help="latent: a checkpoint whose autoencoder to use (default: OUT/autoencoder.pt, "
+                   "else one is trained)")
     m.add_argument("--arch", default="multistage", choices=ARCHS, help="unified: the off switch")
     m.add_argument("--diffusion", default="vp", choices=("vp", "edm"), help="vp: DPM-Solver's; edm: EDM's")
-    m.add_argument("--solver", nargs="+", choices=SOLVERS, help="vp: dpm3 (default), dpm2, dpm1; edm: heun")
+    m.add_argument("--solver", nargs="+", choices=SOLVERS, help="vp: dpm3 (default), dpm2, dpm1, dpm2m "
+                   "(DPM-Solver++ 2M, default of latent models); edm: heun")
     m.add_argument("--t-end", type=float, default=T_END, help="last t of DPM-Solver")
     m.add_argument("--clustering", default="optimal", choices=CLUSTERINGS, help="Table 4; gradient needs a "
                    "checkpoint of a unified network")
@@ -1392,9 +1579,16 @@ def get_args(argv=None):
     m.add_argument("--stage-probability", type=float, nargs="+", help="share of the batches of each stage (D8)")
     m.add_argument("--budget", type=float, help="training MACs, backward included: sets --iters")
     args = p.parse_args(argv)
-    for key, values in PRESETS.items():
+    preset = {key: values[PRESET_NAMES.index(args.preset)] for key, values in PRESETS.items()}
+    if args.space == "latent":
+        if args.preset not in LATENT_PRESETS or args.diffusion == "edm" or args.unit_range:
+            raise ValueError(f"--space latent goes with --diffusion vp and --preset {', '.join(LATENT_PRESETS)}")
+        preset.update(LATENT_PRESETS[args.preset])
+    elif args.autoencoder:
+        raise ValueError("--autoencoder goes with --space latent")
+    for key, value in preset.items():
         if getattr(args, key, None) is None:
-            setattr(args, key, values[PRESET_NAMES.index(args.preset)])
+            setattr(args, key, value)
     for key in ("n", "iters", "batch", "seeds", "save_every", "fd_every", "fd_n", "stages", "samples"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
@@ -1433,6 +1627,8 @@ def main():
         sys.stdout = open(os.devnull, "w")                             # one process speaks
     if args.train and not args.resume and not args.search and find_edges(args) is None:
         args.search = True                                             # no edges yet
+    if args.space == "latent" and (args.search or args.train) and not args.resume:
+        args.autoencoder = get_autoencoder(args, device, rank, world)
     if args.search and rank == 0:
         search(args, device)
     if world > 1:

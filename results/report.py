@@ -1,15 +1,17 @@
 """Tables and figures of the README from results.jsonl; nothing is typed by hand.
 
-    python results/report.py           # writes results/c2f_trd/*.png and the tables in README.md
+    python results/report.py           # writes results/*/*.png and the tables in README.md
 
 Figures need matplotlib (pip install matplotlib); without it only the tables are made.
 """
+import importlib.util
 import json
 import re
 from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
+OTHERS = ("lowdiff",)          # scripts with a results/SCRIPT/report.py
 FOLDER = ROOT / "results" / "c2f_trd"
 NAMES = {"base": "uniform", "trd": "TRD", "c2f": "C2F", "c2f+trd": "C2F+TRD"}
 SOLVER = {"ddim": "DDIM", "dpm2": "DPM-Solver++ 2M", "dpm3": "DPM-Solver++ 3M"}
@@ -192,6 +194,14 @@ def table_extractor():
     return out
 
 
+def report_of(script):
+    """results/SCRIPT/report.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"report_{script}", ROOT / "results" / script / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def figures(rows):
     import matplotlib
     matplotlib.use("Agg")
@@ -250,6 +260,8 @@ def figures(rows):
         ax.legend()
         fig.tight_layout()
         fig.savefig(FOLDER / "classes.png", dpi=110)
+    for script in OTHERS:
+        report_of(script).figures(plt)
 
 
 def main():
@@ -258,6 +270,11 @@ def main():
                   phases=table_phases(rows), strategies=table_1(rows), options=table_search(rows, options=True),
                   classes=table_class(rows), extractor=table_extractor(), ledgers=table_ledgers())
     (FOLDER / "tables.md").write_text("\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in tables.items()) + "\n")
+    for script in OTHERS:
+        more = report_of(script).tables()
+        text = "\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in more.items())
+        (ROOT / "results" / script / "tables.md").write_text(text + "\n")
+        tables.update(more)
     readme = (ROOT / "README.md").read_text()
     for name, lines in tables.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"

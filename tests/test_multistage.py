@@ -35,7 +35,7 @@ def randn(*shape, seed=0, dtype=torch.float64):
 
 def tiny(arch="multistage", **changes):
     config = {k: v[m.PRESET_NAMES.index("tiny")] for k, v in m.PRESETS.items()}
-    return dict(dict(config, arch=arch, diffusion="vp", edges=[0.4, 0.6]), **changes)
+    return dict(dict(config, arch=arch, diffusion="vp", edges=[0.4, 0.6], space="pixel"), **changes)
 
 
 def net_of(config, channels=1, seed=0):
@@ -417,8 +417,8 @@ def test_evaluation_times():
         assert sum(m.solver_orders(nfe, order)) == nfe
 
 
-def gaussian_error(order, nfe, t_end=0.01, std=0.5):
-    """Error of DPM-Solver for data N(0, std^2), whose exact path is xt ~ its own standard deviation."""
+def gaussian_error(order, nfe, t_end=0.01, std=0.5, multistep=False):
+    """Error of DPM-Solver (or ++ 2M) for data N(0, std^2), whose exact path is xt ~ its own standard deviation."""
     def eps_model(xt, t):
         sigma = float(m.sigma_of(t))
         return xt / m.scale_of(sigma) * sigma / (std ** 2 + sigma ** 2)
@@ -427,6 +427,11 @@ def gaussian_error(order, nfe, t_end=0.01, std=0.5):
         sigma = float(m.sigma_of(t))
         return m.scale_of(sigma) * math.hypot(std, sigma)
     exact = spread(t_end) / spread(1.0)
+    if multistep:
+        def x0_model(xt, t):
+            sigma = float(m.sigma_of(t))
+            return xt / m.scale_of(sigma) * std ** 2 / (std ** 2 + sigma ** 2)
+        return abs(float(m.dpm_solver_pp_sample(x0_model, x, nfe, t_end)) - exact) / exact
     return abs(float(m.dpm_solver_sample(eps_model, x, nfe, order, t_end)) - exact) / exact
 
 
@@ -435,6 +440,24 @@ def test_order_of_dpm_solver(order):
     """Halving the steps divides the error by 2^order."""
     coarse, fine = (gaussian_error(order, order * k + (2 if order == 3 else 0)) for k in (40, 80))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+def test_dpm_solver_pp_is_of_second_order_and_c2f_trds():
+    """By slope; and it is c2f_trd's sampler, left before its last evaluation, on the same noise levels."""
+    coarse, fine = (gaussian_error(2, k, t_end=0.1, multistep=True) for k in (1000, 2000))
+    assert math.log2(coarse / fine) == pytest.approx(2, abs=0.2)
+    times, x = [0.1 + 0.9 * k / 8 for k in range(9)], randn(2, 1, 2, 2)
+    alpha_bar = torch.tensor([m.scale_of(float(m.sigma_of(t))) ** 2 for t in times], dtype=torch.float64)
+
+    def x0_model(xt, t):
+        return (0.3 * xt).tanh() * t
+
+    def eps_model(xt, t):
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        return (xt - a.sqrt() * x0_model(xt, times[int(t[0])])) / (1 - a).sqrt()
+
+    ours = m.dpm_solver_pp_sample(x0_model, x, 8, 0.1)
+    assert torch.allclose(ours, c2f_trd.dpm_solver_pp_sample(eps_model, x, list(range(8, -1, -1)), alpha_bar, stop=8))
 
 
 def test_heun_is_of_second_order():
@@ -700,6 +723,44 @@ def test_arms(tmp_path, few_images, argv, name):
                 level = m.stage_levels(u.double(), s, [0.4, 0.6], "vp")
                 loss = float(m.diffusion_loss(net.eval(), x, level, z, "vp", torch.full((50,), s)))
                 assert loss == pytest.approx(saved["best_loss"][s], rel=1e-4)
+
+
+def test_latent_space(tmp_path, few_images):
+    """One autoencoder for the clustering and every arm of a folder; sampled, decoded and evaluated; gone on with."""
+    options = ("--space latent --preset tiny --precision fp32 --batch 4 --save-every 2 --samples 40 --out".split()
+               + [tmp_path, "--results", tmp_path / "r.jsonl"])
+    result = start("--train", *options, "--iters", 2)
+    assert result.code == 0, result.err
+    plan = json.loads((tmp_path / "plan_optimal_3_latent.json").read_text())
+    first = only(tmp_path, "*/checkpoint.pt")
+    saved = load(first)
+    assert saved["args"]["edges"] == plan["edges"] and saved["channels"] == 4 and saved["args"]["res"] == 8
+    assert equal(saved["autoencoder"], load(tmp_path / "autoencoder.pt")["autoencoder"])
+    assert (tmp_path / "autoencoder.png").exists() and (first.parent / "samples.png").exists()
+    z = m.encode_all(m.load_autoencoder(saved, first), common.load_images("fashion10k", 32)[0], torch.device("cpu"))
+    assert z.shape == (500, 4, 8, 8) and z.mean((0, 2, 3)).abs().max() < 1e-3
+    result = start("--sample", "--evaluate", "--n", 140, "--steps", 6, "--checkpoint", first, *options[-4:])
+    assert result.code == 0, result.err
+    line = lines_of(tmp_path / "r.jsonl")[-1]
+    assert (line["solver"], line["space"], sum(line["nfe"])) == ("dpm2m", "latent", 6) and line["fd"] > 0
+    assert Image.open(tmp_path / "samples.png").size[0] == 8 * 66              # decoded: 32x32, drawn twice as large
+    time.sleep(1.1)                                                            # another folder name
+    result = start("--train", *options, "--iters", 2, "--arch", "unified")
+    assert result.code == 0 and "autoencoder" not in result.err
+    whole = max(tmp_path.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    assert equal(load(whole)["autoencoder"], saved["autoencoder"]) and load(whole)["args"]["widths"] == [8]
+    result = start("--train", "--resume", "--iters", 2, "--out", tmp_path)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--space latent --diffusion edm", ["--space latent", "vp"]), ("--autoencoder x.pt", ["--autoencoder", "latent"]),
+    ("--space latent --preset paper", ["--space latent", "paper-ldm"]),
+    ("--space latent --unit-range", ["--space latent"]), ("--space latent --autoencoder /nope/a.pt", ["/nope/a.pt"]),
+    ("--space latent --data emoji", ["32x32", "64x64"])])
+def test_bad_latent_training(tmp_path, argv, words):
+    one_line(start("--train", *TINY, *argv.split(), "--out", tmp_path), *words)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_fd_while_training(tmp_path, few_images):

@@ -47,8 +47,10 @@ D13 Preset small is no latent model: pixels, 32x32 by area averages, 2x2 a token
     their captions. Its FD is no FID and compares with itself only.
 D14 The text encoder is an embedding of words and positions; the null text is all padding. Captions are dropped with
     probability 0.1 in training. Unknown words are named and left out.
-Not here: the LCM distillation and a compact DiT (LCM, SDXL and PixArt are in --ledger and --pipeline); the
-methods that the paper compares with.
+D15 LCM in small (--train --distill): LCM's distillation with our networks' x0_hat as the consistency function (no
+    c_skip, c_out), w uniform around the preset's; the goal of the first step is the teacher's x0_hat. Its sampler
+    is LCM's: x0_hat, re-noised. A DiT in small (--arch dit): PixArt's blocks, as wide as the U-Net's bottom.
+Not here: SDXL's kind in small (it is in --ledger and --pipeline); the methods that the paper compares with.
 """
 import argparse
 import copy
@@ -80,12 +82,17 @@ SCRIPT = "postdiff"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
 REFERENCE_STEPS = 20           # what relative MACs compare with (Table 2)
 BETA, S, K_CACHE, M = 0.5, 0.5, 2, 0.75                        # Sec. 3.1, SD v1.5
+DEFAULTS = {"unet": dict(solver="ddim", steps=20, beta=BETA, s=S, k=K_CACHE, m=M),     # Table 2's settings for SD,
+            "lcm": dict(solver="lcm", steps=8, beta=BETA, s=S, k=1, m=0.5),            # for LCM
+            "dit": dict(solver="dpm2", steps=20, beta=0.75, s=S, k=1, m=M)}            # and PixArt
 METHODS = ("base", "mixed", "cache", "postdiff")               # base: the off switch
 CHOICES = ("cond", "ave", "uncond", "cfg", "none")             # Sec. 2.5; none: no cross-attention cache
-SOLVERS = {"ddim": 1, "dpm2": 2}                               # order; dpm: DPM-Solver++ multistep
+SOLVERS = {"ddim": 1, "dpm2": 2, "lcm": 0}                     # order; dpm: DPM-Solver++ multistep; lcm: of LCM nets
+ARCHS = ("unet", "dit")                                        # dit: PixArt's kind, which DeepCache cannot cut
 SPACINGS = ("inclusive", "exclusive", "leading", "trailing")   # of uniform steps, see uniform_steps
+W_EMBEDDING = 256                                              # width of an LCM's guidance embedding
 CALIBRATION_SEED = 10 ** 9                                     # far from samples' seeds
-ARCHITECTURE = ("res", "ch", "mult", "blocks", "attention", "heads", "c_text", "tokens", "patch", "dropout")
+ARCHITECTURE = ("res", "ch", "mult", "blocks", "attention", "heads", "c_text", "tokens", "patch", "dropout", "arch")
 
 # A preset is a network and how it is trained. paper: the U-Net of Stable Diffusion v1.5 at 768x768.
 #                        tiny       small         paper
@@ -110,6 +117,9 @@ PRESETS = {
     "iters":            (20,        5000,         1_000_000),    # steps
     "finetune_iters":   (10,        1000,         15_000),       # of Appendix F
     "finetune_lr":      (1e-3,      2e-4,         1e-5),
+    "lcm_iters":        (10,        2000,         20_000),       # of the distillation to an LCM
+    "lcm_lr":           (1e-3,      2e-4,         8e-6),
+    "lcm_skip":         (20,        20,           20),           # training steps that the teacher's step spans
 }
 PRESET_NAMES = ("tiny", "small", "paper")
 
@@ -228,10 +238,12 @@ class UNet(nn.Module):
     the opposite order. patch > 1 folds patch x patch pixels into channels first.
     """
 
-    def __init__(self, channels, ch, mult, blocks, attention, heads, c_text, patch=1, dropout=0.0, words=0, tokens=0):
+    def __init__(self, channels, ch, mult, blocks, attention, heads, c_text, patch=1, dropout=0.0, words=0, tokens=0,
+                 guided=False):
         super().__init__()
         groups, c_emb = min(32, ch // 4), 4 * ch
         self.ch, self.patch, self.multiple = ch, patch, patch * 2 ** (len(mult) - 1)
+        self.guidance = nn.Linear(W_EMBEDDING, ch, bias=False) if guided else None
         self.emb = nn.Sequential(nn.Linear(ch, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.text = TextEncoder(words, tokens, c_text) if words else nn.Identity()
         made = itertools.count()
@@ -263,8 +275,8 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, channels * patch ** 2, 3, padding=1)
 
-    def forward(self, xt, t, text, deep=None, cross=None, depth=1):
-        """Returns eps_hat, deep, cross.
+    def forward(self, xt, t, text, deep=None, cross=None, depth=1, w=None):
+        """Returns eps_hat, deep, cross. w (B,): guidance weight, for an LCM, which is told it.
 
         METHOD: Sec. 2.5, both caches are values that go in and come out. deep: what entered up stage
         -(depth + 1) when that was last computed: given, only the outermost depth + 1 down and up stages run (D5).
@@ -272,8 +284,10 @@ class UNet(nn.Module):
         if xt.shape[-1] % self.multiple or xt.shape[-2] % self.multiple:
             raise ValueError(f"the network halves its input: {xt.shape[-2]}x{xt.shape[-1]} is not a "
                              f"multiple of {self.multiple}")
-        emb = F.silu(self.emb(timestep_embedding(t, self.ch)))
-        text, used, cross = self.text(text), {}, cross or {}
+        emb = timestep_embedding(t, self.ch)
+        if self.guidance is not None:
+            emb = emb + self.guidance(timestep_embedding(1000 * w, W_EMBEDDING))
+        emb, text, used, cross = F.silu(self.emb(emb)), self.text(text), {}, cross or {}
 
         def run(stage, h):
             for layer in stage:
@@ -298,11 +312,79 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch), deep, used
 
 
+class DiTBlock(nn.Module):
+    """PixArt's block: self-attention, cross-attention to the text, feed-forward; the first and the last are scaled,
+    shifted and gated by the time, through six vectors (B, 6, c) that all blocks share and each offsets by its own."""
+
+    def __init__(self, c, c_text, heads):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(c, elementwise_affine=False) for _ in range(2))
+        self.self_attention, self.cross_attention = Attention(c, c, heads), Attention(c, c_text, heads)
+        self.ff_in, self.ff_out = nn.Linear(c, 4 * c), nn.Linear(4 * c, c)
+        self.offset = nn.Parameter(torch.randn(6, c) / c ** 0.5)
+
+    def forward(self, h, text, six, size, cross=None):
+        """h (B, N, c) of an image of that many tokens (height, width); cross: see Transformer. Returns both."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.offset + six)[:, :, None].unbind(1)
+        y = self.norm1(h) * (1 + scale1) + shift1
+        h = h + gate1 * self.self_attention(y, y)
+        if cross is None:
+            cross = self.cross_attention(h, text).transpose(1, 2).unflatten(2, size)
+        elif cross.shape[-2:] != size:                 # METHOD: made at low resolution (D7)
+            cross = F.interpolate(cross, size=size, mode="bilinear", align_corners=False)
+        h = h + cross.flatten(2).transpose(1, 2)
+        y = self.norm2(h) * (1 + scale2) + shift2
+        return h + gate2 * self.ff_out(F.gelu(self.ff_in(y), approximate="tanh")), cross
+
+
+class DiT(nn.Module):
+    """PixArt's kind in small: called like UNet, of any height and width that patch divides; there are no deep
+    features to cache, the second thing that it returns is None."""
+
+    def __init__(self, channels, ch, blocks, heads, c_text, patch, words=0, tokens=0, guided=False):
+        super().__init__()
+        self.ch, self.patch, self.multiple = ch, patch, patch
+        self.guidance = nn.Linear(W_EMBEDDING, ch, bias=False) if guided else None
+        self.emb = nn.Sequential(nn.Linear(ch, ch), nn.SiLU(), nn.Linear(ch, ch))
+        self.six, self.text = nn.Linear(ch, 6 * ch), TextEncoder(words, tokens, c_text) if words else nn.Identity()
+        self.conv_in = nn.Conv2d(channels * patch ** 2, ch, 1)
+        self.blocks = nn.ModuleList(DiTBlock(ch, c_text, heads) for _ in range(blocks))
+        self.norm_out, self.two = nn.LayerNorm(ch, elementwise_affine=False), nn.Parameter(torch.zeros(2, ch))
+        self.conv_out = nn.Conv2d(ch, channels * patch ** 2, 1)
+
+    def forward(self, xt, t, text, deep=None, cross=None, depth=1, w=None):
+        if xt.shape[-1] % self.patch or xt.shape[-2] % self.patch:
+            raise ValueError(f"{xt.shape[-2]}x{xt.shape[-1]} is not a multiple of the network's patch {self.patch}")
+        emb = timestep_embedding(t, self.ch)
+        if self.guidance is not None:
+            emb = emb + self.guidance(timestep_embedding(1000 * w, W_EMBEDDING))
+        emb, text, used, cross = self.emb(emb), self.text(text), {}, cross or {}
+        six = self.six(F.silu(emb)).unflatten(1, (6, -1))
+        h = self.conv_in(F.pixel_unshuffle(xt, self.patch))
+        size, quarter = h.shape[-2:], self.ch // 4
+        frequency = 1e4 ** (-torch.arange(quarter, device=h.device) / quarter)
+        row, column = (torch.arange(n, device=h.device)[:, None] * frequency * 16 / n for n in size)   # of any size:
+        row, column = (torch.cat([v.sin(), v.cos()], dim=1) for v in (row, column))    # positions span 0 .. 16
+        place = torch.cat([row[:, None].expand(-1, size[1], -1), column.expand(size[0], -1, -1)], dim=2)
+        h = h.flatten(2).transpose(1, 2) + place.flatten(0, 1)
+        for i, block in enumerate(self.blocks):
+            h, used[i] = block(h, text, six, size, cross.get(i))
+        shift, scale = (self.two + emb[:, None])[:, :, None].unbind(1)
+        h = (self.norm_out(h) * (1 + scale) + shift).transpose(1, 2).unflatten(2, size)
+        return F.pixel_shuffle(self.conv_out(h), self.patch), None, used
+
+
 # differs: its arguments are those of this network
 def build_net(config, channels, words=0):
-    """The U-Net of a preset (config: what UNet takes); words: size of the vocabulary, 0 for none."""
-    arch = {k: config[k] for k in ARCHITECTURE if k != "res"}
-    return UNet(channels, **arch, words=words).to(memory_format=torch.channels_last)
+    """The U-Net (or DiT) of a preset (config: what they take, arch, phase); words: of the vocabulary, 0 for none.
+    A network of phase "lcm" is told the guidance weight."""
+    options = {k: config[k] for k in ARCHITECTURE if k not in ("res", "arch")}
+    options.update(words=words, guided=config.get("phase") == "lcm")
+    if config["arch"] == "dit":                                # as deep and wide as the U-Net at its bottom
+        ch, depth = config["ch"] * config["mult"][-1], len(config["mult"]) * 2 * config["blocks"]
+        options = {k: v for k, v in options.items() if k not in ("mult", "attention", "dropout")}
+        return DiT(channels, **dict(options, ch=ch, blocks=depth))
+    return UNet(channels, **options).to(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -360,6 +442,20 @@ def diffusion_loss(net, x0, t, eps, alpha_bar, text):
     return F.mse_loss(net(add_noise(x0, eps, t, alpha_bar), t, text)[0].float(), eps)
 
 
+def consistency_loss(net, target, teacher, x0, t, t_next, eps, alpha_bar, text, null, w):
+    """Latent consistency distillation (Luo et al. 2023): from xt, the net's x0_hat shall be the target's (its EMA)
+    after a DDIM step of the teacher, guided by w (B,), to t_next (-1: clean, the teacher's own x0_hat; D15)."""
+    xt, of_image = add_noise(x0, eps, t, alpha_bar), (-1, 1, 1, 1)
+    with torch.no_grad():
+        eps_null, eps_text = teacher(xt, t, null)[0].float(), teacher(xt, t, text)[0].float()
+        x0_teacher = predict_x0(xt, t, eps_null + w.view(of_image) * (eps_text - eps_null), alpha_bar)
+        x_next, s = ddim_step(xt, x0_teacher, t, t_next, alpha_bar), t_next.clamp(min=0)
+        goal = predict_x0(x_next, s, target(x_next, s, text, w=w)[0].float(), alpha_bar)
+        goal = torch.where((t_next < 0).view(of_image), x0_teacher, goal)
+    x0_hat = predict_x0(xt, t, net(xt, t, text, w=w)[0].float(), alpha_bar)
+    return ((x0_hat - goal).square() + 1e-6).sqrt().mean()                     # pseudo-Huber, as LCM's
+
+
 # ---------------------------------------------------------------------------------------------
 # Samplers
 # ---------------------------------------------------------------------------------------------
@@ -409,15 +505,16 @@ def solver_step(xt, history, t_next, alpha_bar, k, K, order):
 
 
 def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0, low_noise=None, k=1, depth=1,
-                            n_guided=None, choice="cond", order=1, trace=None):
+                            n_guided=None, choice="cond", order=1, trace=None, fresh=None):
     """METHOD: PostDiff: K = len(taus) steps to clean data, the first n_low of them on low_noise's resolution.
 
     net: see cached_eps; noise (B, C, R, R): the start, or with n_low > 0 what is added at the switch; low_noise
     (B, C, r, r): the start then. taus: strictly descending steps in 0 .. T-1. text, null, w: guidance (w None: a
     network that needs none). k, depth: full pass at every k-th step, else the outermost depth + 1 stages.
     n_guided: guidance in the first n_guided steps (None: all); after these the cross-attentions are frozen by
-    `choice` ('none': they are not). order: 1 DDIM, 2 DPM-Solver++ 2M. trace(i, xt, x0_hat, cache): called
-    after each evaluation. n_low=0, k=1, n_guided=None: plain sampling with classifier-free guidance.
+    `choice` ('none': they are not). order: 1 DDIM, 2 DPM-Solver++ 2M, 0 LCM's (x0_hat, re-noised with fresh[i], a
+    noise of the size of step i). trace(i, xt, x0_hat, cache): called after each evaluation. n_low=0, k=1,
+    n_guided=None: plain sampling with classifier-free guidance.
     Raises ValueError if a number does not fit."""
     K, n_guided = len(taus), len(taus) if n_guided is None else n_guided
     if any(a <= b for a, b in zip(taus, taus[1:])):
@@ -436,6 +533,8 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
             trace(i, xt, x0_hat, cache)
         if i == n_low - 1:
             xt, history, begin = switch_resolution(x0_hat, noise, t_next, alpha_bar), [], i + 1       # D3
+        elif order == 0:
+            xt = add_noise(x0_hat, fresh[i], t_next, alpha_bar)
         else:
             history = [(t, x0_hat), *history][:2]
             xt = solver_step(xt, history, t_next, alpha_bar, i - begin, K - begin, order)
@@ -564,6 +663,11 @@ def check_plan(plan, config, name="plan"):
     if plan["low"] % multiple:
         raise ValueError(f"{name}: the network halves its input: the low resolution {plan['low']} must be a "
                          f"multiple of {multiple}")
+    lcm = config["phase"] == "lcm"
+    if (plan.get("solver") == "lcm") != lcm:
+        raise ValueError(f"{name}: --solver lcm goes with a distilled network (--train --distill), the others do not")
+    if config["arch"] == "dit" and plan["k"] > 1:
+        raise ValueError(f"{name}: k must be 1: a DiT has no deep features to cache")
     if any(plan.get(key) not in known for key, known in (("solver", list(SOLVERS)), ("method", METHODS),
                                                          ("choice", CHOICES))):
         raise ValueError(f"{name}: needs a solver of {list(SOLVERS)}, a method of {METHODS}, a choice of {CHOICES}")
@@ -647,10 +751,13 @@ def captions_of(args, seeds):
 
 
 def as_net(unet, device, precision):
-    """A UNet as mixed_resolution_sample takes it: no gradients, the precision of the device, eps_hat in float32."""
-    def net(xt, t, text, deep=None, cross=None, depth=1):
+    """A UNet as mixed_resolution_sample takes it: no gradients, the precision of the device, eps_hat in float32. w: a
+    number, for an LCM."""
+    def net(xt, t, text, deep=None, cross=None, depth=1, w=None):
+        w = None if w is None else torch.full((len(xt),), float(w), device=xt.device)
         with torch.no_grad(), autocast(device, precision):
-            eps_hat, deep, cross = unet(xt.contiguous(memory_format=torch.channels_last), t, text, deep, cross, depth)
+            eps_hat, deep, cross = unet(xt.contiguous(memory_format=torch.channels_last), t, text, deep, cross, depth,
+                                        w)
         return eps_hat.float(), deep, cross
     return net
 
@@ -664,10 +771,18 @@ def load_models(args, device, precision="auto"):
     args.channels, args.images_seen = saved["channels"], saved["images_seen"]
     args.data = getattr(args, "data", None) or args.config["data"]
     args.plans = Path(args.plans or args.run)
+    set_defaults(args, "lcm" if args.config["phase"] == "lcm" else args.config["arch"])
     unet = build_net(args.config, args.channels, len(args.words))
     unet.load_state_dict(saved["ema"])
     unet = unet.to(device).eval().requires_grad_(False)
     return as_net(torch.compile(unet) if args.compile else unet, device, precision), unet
+
+
+def set_defaults(args, kind):
+    """The options that were left out, as the paper has them for that kind of network (Sec. 3.1)."""
+    for key, value in DEFAULTS[kind].items():
+        if getattr(args, key) is None:
+            setattr(args, key, [value])
 
 
 # differs: captions and one network
@@ -679,17 +794,28 @@ def sample(args, net, plan, seeds, device, trace=None):
     batches = torch.tensor(list(seeds)).split(125)
     for batch in progress(batches, f"sample {plan['method']} {plan['solver']}", len(batches[0])):
         text, _ = encode(captions_of(args, batch.tolist()), args.words, config["tokens"])
-        shapes = [(args.channels, r, r) for r in (config["res"], plan["low"])]
-        noise, low_noise = (z.to(device) for z in noise_for(batch.tolist(), *shapes))
-        parts.append(to_uint8(run_plan(net, plan, noise, low_noise, text.to(device), alpha_bar, trace)).cpu())
+        noise = [z.to(device) for z in noise_for(batch.tolist(), *noise_shapes(plan, config, args.channels))]
+        parts.append(to_uint8(run_plan(net, plan, noise, text.to(device), alpha_bar, trace)).cpu())
     return torch.cat(parts)
 
 
-def run_plan(net, plan, noise, low_noise, text, alpha_bar, trace=None):
-    """mixed_resolution_sample with the numbers of a plan; the null text is all padding."""
-    return mixed_resolution_sample(net, noise, plan["taus"], alpha_bar, text, torch.zeros_like(text), plan["w"],
-                                   plan["n_low"], low_noise, plan["k"], plan["depth"], plan["n_guided"],
-                                   plan["choice"], SOLVERS[plan["solver"]], trace)
+def noise_shapes(plan, config, channels):
+    """Of the full and the low resolution; for an LCM also of each step."""
+    sizes = [config["res"], plan["low"]]
+    if plan["solver"] == "lcm":
+        sizes += [plan["low"] if i < plan["n_low"] else config["res"] for i in range(len(plan["taus"]))]
+    return [(channels, r, r) for r in sizes]
+
+
+def run_plan(net, plan, noise, text, alpha_bar, trace=None):
+    """mixed_resolution_sample with the numbers of a plan; noise: see noise_shapes; the null text is all padding. An
+    LCM is told w instead of being guided by it."""
+    w, (full, low, *fresh) = plan["w"], noise
+    if plan["solver"] == "lcm":
+        net, w = functools.partial(net, w=w), None
+    return mixed_resolution_sample(net, full, plan["taus"], alpha_bar, text, torch.zeros_like(text), w, plan["n_low"],
+                                   low, plan["k"], plan["depth"], plan["n_guided"], plan["choice"],
+                                   SOLVERS[plan["solver"]], trace, fresh)
 
 
 # differs: calibration instead of TRD
@@ -788,19 +914,22 @@ def train(args, device, rank, world):
         run = Path(args.out) / name[0]
         for key in ARCHITECTURE if saved else ():                      # the checkpoint decides
             setattr(args, key, saved["args"][key])
-        args.phase, args.begin = ("finetune", saved["step"]) if saved else ("base", 0)
+        args.phase, args.begin = ("lcm" if args.distill else "finetune", saved["step"]) if saved else ("base", 0)
+        if args.distill and (not saved or saved["phase"] == "lcm"):
+            raise ValueError("--distill needs the model to distil: --checkpoint of a network that is no LCM")
+        set_defaults(args, args.arch)
         args.finetune_s, args.finetune_beta = args.s[0], args.beta[0]
         args.data = args.data or (saved["args"]["data"] if saved else "emoji")
     x, captions = load_data(args.data, args.res)
     words = saved.get("words") or sorted({word for caption in captions for word in caption.lower().split()})
     if not words:
         raise ValueError(f"--data {args.data} has no captions: put the images into sub-folders named after them")
-    channels, R, finetune = x.shape[1], x.shape[-1], args.phase == "finetune"
+    channels, R, finetune, lcm = x.shape[1], x.shape[-1], args.phase == "finetune", args.phase == "lcm"
     if saved.get("channels", channels) != channels:
         raise ValueError(f"--data {args.data} has {channels} channels, the checkpoint {saved['channels']}")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
-    config = {k: getattr(args, k) for k in (*PRESETS, "data", "preset", "seed", "phase", "begin", "finetune_s",
+    config = {k: getattr(args, k) for k in (*PRESETS, "arch", "data", "preset", "seed", "phase", "begin", "finetune_s",
                                             "finetune_beta")}
     torch.manual_seed(args.seed)
     net = build_net(config, channels, len(words))
@@ -812,10 +941,16 @@ def train(args, device, rank, world):
     tokens, _ = encode(captions, words, args.tokens)
     if rank == 0:
         save_json(run / "args.json", config)                           # an unwritable folder fails here
-    begin, lr = args.begin, args.finetune_lr if finetune else args.lr
-    end = begin + args.finetune_iters if finetune else args.iters
+    begin, lr = args.begin, {"base": args.lr, "finetune": args.finetune_lr, "lcm": args.lcm_lr}[args.phase]
+    end = {"base": args.iters, "finetune": begin + args.finetune_iters, "lcm": begin + args.lcm_iters}[args.phase]
+    teacher = None
+    if lcm:
+        teacher = build_net(dict(config, phase="base"), channels, len(words))
+        teacher.load_state_dict(saved["teacher" if args.resume else "ema"])
+        teacher = teacher.to(device).eval().requires_grad_(False)
+        nn.init.zeros_(net.guidance.weight)                            # at first the same as the teacher
     if saved:
-        net.load_state_dict(saved["net" if args.resume else "ema"])
+        net.load_state_dict(saved["net" if args.resume else "ema"], strict=args.resume or not lcm)
     ema = copy.deepcopy(net).to(device).eval().requires_grad_(False)
     net = net.to(device).train()
     optimizer, step = torch.optim.Adam(net.parameters(), lr=lr), begin
@@ -847,12 +982,13 @@ def train(args, device, rank, world):
                           images_seen=step * args.batch)
             if step == end:                                            # what is shipped
                 save_checkpoint(run / "weights.pt", **common, ema={k: v.half() for k, v in ema.state_dict().items()})
-            save_checkpoint(run / "checkpoint.pt", **common, ema=ema.state_dict(), net=net.state_dict(),
+            more = dict(teacher=teacher.state_dict()) if lcm else {}
+            save_checkpoint(run / "checkpoint.pt", **common, **more, ema=ema.state_dict(), net=net.state_dict(),
                             optimizer=optimizer.state_dict())
-            z = noise_for(range(32), (channels, R, R)).to(device)
+            plan = make_plan("base", config, *(("lcm", 4) if lcm else ("dpm2", 10)))
+            z = [v.to(device) for v in noise_for(range(32), *noise_shapes(plan, config, channels))]
             text = tokens[torch.linspace(0, len(tokens) - 1, 32).long()].to(device)
-            images = run_plan(as_net(ema, device, args.precision), make_plan("base", config, "dpm2", 10), z, None, text,
-                              alpha_bar)
+            images = run_plan(as_net(ema, device, args.precision), plan, z, text, alpha_bar)
             save_grid(run / "samples.png", images)
             line = dict(phase=args.phase, step=step, images_seen=step * args.batch, loss=round(mean, 5),
                         images_per_s=round(count * args.batch / (time.time() - begun), 1))
@@ -870,13 +1006,23 @@ def train(args, device, rank, world):
             first, last = (edge, T) if small else (0, edge)
             x0 = F.interpolate(x0, size=low, mode="area") if small else x0
         t = torch.randint(first, last, (args.batch,))
-        text = torch.where(torch.rand(args.batch)[:, None] < args.drop, 0, text)       # for guidance (D14)
+        if lcm:
+            t = torch.randint(1, args.lcm_skip + 1, ()) + args.lcm_skip * torch.randint(0, T // args.lcm_skip,
+                                                                                        (args.batch,)) - 1
+            w = (1 + 2 * (args.w - 1) * torch.rand(args.batch))[mine].to(device)        # around the preset's
+        else:
+            text = torch.where(torch.rand(args.batch)[:, None] < args.drop, 0, text)   # for guidance (D14)
         eps = torch.randn(args.batch, *x0.shape[1:])
         x0, t, eps, text = x0.to(device), t[mine].to(device), eps[mine].to(device), text[mine].to(device)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step - begin) / args.warmup, (end + 1 - step) / fall)
         with autocast(device, args.precision):
-            loss = diffusion_loss(model, x0, t, eps, alpha_bar, text)
+            if lcm:
+                t_next = (t - args.lcm_skip).clamp(min=-1)
+                loss = consistency_loss(model, ema, teacher, x0, t, t_next, eps, alpha_bar, text,
+                                        torch.zeros_like(text), w)
+            else:
+                loss = diffusion_loss(model, x0, t, eps, alpha_bar, text)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -902,11 +1048,12 @@ def counting(net, total):
     products of attention, with them], counted by execution at the first call of each kind."""
     seen = {}
 
-    def call(xt, t, text, deep=None, cross=None, depth=1):
+    def call(xt, t, text, deep=None, cross=None, depth=1, w=None):
+        told = {} if w is None else dict(w=torch.zeros(len(xt), device=xt.device))
         key = xt.shape, text.shape, deep is None, depth, tuple((i, out.shape) for i, out in (cross or {}).items())
         if key not in seen:
             kept = []
-            macs = macs_by_operator(lambda: kept.append(net(xt, t, text, deep, cross, depth)))
+            macs = macs_by_operator(lambda: kept.append(net(xt, t, text, deep, cross, depth, **told)))
             seen[key] = without_attention(macs), sum(macs.values()), kept[0]
         total[0], total[1] = total[0] + seen[key][0], total[1] + seen[key][1]
         return seen[key][2]
@@ -934,16 +1081,17 @@ def plan_macs(config, channels, words, plan):
     net, total = counted_net(json.dumps(config), channels, words)
     total[:] = 0, 0
     with torch.device("meta"):
-        noise, low_noise = (torch.zeros(1, channels, r, r) for r in (config["res"], plan["low"]))
+        noise = [torch.zeros(1, *shape) for shape in noise_shapes(plan, config, channels)]
         text = torch.zeros(1, config["tokens"], dtype=torch.long) if words else torch.zeros(
             1, config["tokens"], config["c_text"])
-    run_plan(net, plan, noise, low_noise, text, linear_alpha_bar(T))
+    run_plan(net, plan, noise, text, linear_alpha_bar(T))
     return list(total)
 
 
 def reference_macs(args):
-    """MACs of plain sampling with guidance in every one of REFERENCE_STEPS steps."""
-    return plan_macs(args.config, args.channels, len(args.words), make_plan("base", args.config))[1]
+    """MACs of plain sampling with guidance in every one of REFERENCE_STEPS steps (LCM: of its teacher's)."""
+    teacher = dict(args.config, phase="base")
+    return plan_macs(teacher, args.channels, len(args.words), make_plan("base", teacher))[1]
 
 
 # differs: this method's numbers
@@ -1212,6 +1360,8 @@ def sample_pipeline(args, device):
     except Exception as error:                        # diffusers raises many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise ValueError(f"no pipeline {args.pipeline} ({reason})") from None
+    set_defaults(args, {"PixArtAlphaPipeline": "dit", "LatentConsistencyModelPipeline": "lcm"}.get(
+        type(pipe).__name__, "unet"))
     mixed, cached = args.method[0] in ("mixed", "postdiff"), args.method[0] in ("cache", "postdiff")
     state, remove = apply_postdiff(pipe, args.beta[0], args.s[0] if mixed else 0, args.k[0] if cached else 1,
                               args.m[0] if cached else 1, args.choice[0], args.guidance)
@@ -1286,7 +1436,7 @@ def ledger(path):
         print(f"{table:8} {cell:38} {printed:>13} {value:>13} {more:>10}  {note}")
 
     print(f"{'':47} {'paper':>13} {'ours':>13} {'+attention':>10}")
-    config = {k: v[PRESET_NAMES.index("paper")] for k, v in PRESETS.items()}
+    config = dict({k: v[PRESET_NAMES.index("paper")] for k, v in PRESETS.items()}, arch="unet", phase="base")
 
     def cells(**options):
         """[without, with attention] in T of a plan of Stable Diffusion's U-Net."""
@@ -1368,7 +1518,7 @@ def get_args(argv=None):
     run.add_argument("--lr", type=float)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--n", type=int, default=None, help="images (sample: 64, evaluate: 2000, pipeline: 1)")
-    run.add_argument("--steps", type=int, nargs="+", default=[REFERENCE_STEPS], help="denoising steps")
+    run.add_argument("--steps", type=int, nargs="+", help="denoising steps (20; LCM: 8)")
     run.add_argument("--prompt", nargs="+", help="sample, pipeline: one or more prompts (default: the data's)")
     run.add_argument("--out", default=f"runs/{SCRIPT}", help="folder of runs and samples")
     run.add_argument("--checkpoint", help="default: the newest run under --out, else the shipped weights; "
@@ -1384,12 +1534,14 @@ def get_args(argv=None):
     m = p.add_argument_group("METHOD (several values: every combination)")
     m.add_argument("--method", nargs="+", default=["postdiff"], choices=METHODS, help="base: the off switch; mixed: "
                    "--s, --beta; cache: --k, --m, --choice; postdiff: all")
-    m.add_argument("--solver", nargs="+", default=["ddim"], choices=SOLVERS)
+    m.add_argument("--arch", default="unet", choices=ARCHS, help="train: dit: PixArt's kind in small")
+    m.add_argument("--distill", action="store_true", help="train: make an LCM of --checkpoint")
+    m.add_argument("--solver", nargs="+", choices=SOLVERS, help="ddim (default), dpm2 (a DiT's); an LCM's: lcm")
     m.add_argument("--spacing", default="trailing", choices=SPACINGS, help="of the steps")
-    m.add_argument("--s", type=float, nargs="+", default=[S], help="share of the steps at low resolution")
-    m.add_argument("--beta", type=float, nargs="+", default=[BETA], help="low resolution / full resolution")
-    m.add_argument("--k", type=int, nargs="+", default=[K_CACHE], help="a full pass every k-th step; 1: always")
-    m.add_argument("--m", type=float, nargs="+", default=[M], help="share of the steps with guidance; 1: all")
+    m.add_argument("--s", type=float, nargs="+", help="share of the steps at low resolution")
+    m.add_argument("--beta", type=float, nargs="+", help="low / full resolution")
+    m.add_argument("--k", type=int, nargs="+", help="a full pass every k-th step; 1: always")
+    m.add_argument("--m", type=float, nargs="+", help="share of the steps with guidance; 1: all")
     m.add_argument("--choice", nargs="+", default=["cond"], choices=CHOICES, help="what is frozen after m")
     m.add_argument("--depth", type=int, default=1, help="stages that a shallow pass recomputes, less one (D5)")
     m.add_argument("--guidance", type=float, help="w (default: the preset's; pipeline: its own)")
@@ -1405,13 +1557,13 @@ def get_args(argv=None):
     for key in ("n", "res", "iters", "batch", "seeds", "calibration", "save_every", "finetune_iters"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
-    if not all(1 <= k for k in args.k):
+    if not all(1 <= k for k in args.k or []):
         raise ValueError("--k must be at least 1: a full pass at every k-th step")
-    if not all(0 <= s < 1 for s in args.s):
+    if not all(0 <= s < 1 for s in args.s or []):
         raise ValueError("--s must be in 0 .. 1, below 1: the last steps are of full resolution")
-    if not all(0 <= m <= 1 for m in args.m):
+    if not all(0 <= m <= 1 for m in args.m or []):
         raise ValueError("--m must be in 0 .. 1: a share of the steps")
-    if not all(0 < beta <= 1 for beta in args.beta):
+    if not all(0 < beta <= 1 for beta in args.beta or []):
         raise ValueError("--beta must be above 0 and at most 1")
     if not any((args.train, args.search, args.sample, args.evaluate, args.profile, args.ledger, args.pipeline)):
         p.error("nothing to do: give --train, --search, --sample, --evaluate, --profile, --ledger or --pipeline")

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import io
 import json
+import math
 import re
 import runpy
 import shutil
@@ -38,7 +39,8 @@ TAUS = [999, 800, 640, 500, 380, 250, 130, 40]
 
 
 def preset(name, **changes):
-    return dict({k: v[p.PRESET_NAMES.index(name)] for k, v in p.PRESETS.items()}, **changes)
+    config = {k: v[p.PRESET_NAMES.index(name)] for k, v in p.PRESETS.items()}
+    return dict(config, **dict(dict(arch="unet", phase="base"), **changes))
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -417,7 +419,7 @@ def test_macs_of_a_plan_are_those_of_its_calls():
             net = p.build_net(config, 3, 9).eval()
             noise, low = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 8, 8)
             text = torch.zeros(1, 6, dtype=torch.long)
-        macs = common.count_macs(p.run_plan, net, plan, noise, low, text, ABAR)
+        macs = common.count_macs(p.run_plan, net, plan, [noise, low], text, ABAR)
         assert p.plan_macs(config, 3, 9, plan)[1] == macs
     assert macs < 0.5 * p.plan_macs(config, 3, 9, p.make_plan("base", config, steps=4))[1]
 
@@ -746,6 +748,138 @@ def test_token_grid():
 # ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The two other kinds of network in small: a DiT and an LCM
+# ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def dit():
+    net = awake_net(preset("tiny", arch="dit"))
+    for i, w in enumerate(net.parameters()):
+        if not w.any():                                                        # zeros hide a path
+            w.copy_(0.3 * randn(*w.shape, seed=i))
+    return net
+
+
+def test_dit_by_hand(dit):
+    """Written once more, with attention as softmax of dot products."""
+    xt, t = randn(2, 3, 8, 12), torch.tensor([3, 700])
+    w = dit.state_dict()
+
+    def linear(name, v):
+        return v @ w[name + ".weight"].flatten(1).T + w.get(name + ".bias", 0)
+
+    def norm(v):
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+
+    def attend(name, x, y, heads=2):
+        out = []
+        for q, k, v in zip(*(linear(f"{name}.{part}", z).chunk(heads, -1) for part, z in
+                             (("q", x), ("k", y), ("v", y)))):
+            out.append((q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1) @ v)
+        return linear(f"{name}.out", torch.cat(out, -1))
+
+    c, (H, W) = dit.ch, (4, 6)
+    emb = linear("emb.2", F.silu(linear("emb.0", p.timestep_embedding(t, c))))
+    text = dit.text(TEXT)
+    six = linear("six", F.silu(emb)).view(2, 6, c)
+    h = linear("conv_in", F.pixel_unshuffle(xt, 2).flatten(2).transpose(1, 2))
+    place = []
+    for i in range(H):
+        for j in range(W):
+            angles = [[16 * v / n * 1e4 ** (-k / (c // 4)) for k in range(c // 4)] for v, n in ((i, H), (j, W))]
+            place.append([f(a) for axis in angles for f in (math.sin, math.cos) for a in axis])
+    h, crosses = h + torch.tensor(place), {}
+    for b in range(len(dit.blocks)):
+        name = f"blocks.{b}"
+        m = (six + w[f"{name}.offset"])[:, :, None]
+        y = norm(h) * (1 + m[:, 1]) + m[:, 0]
+        h = h + m[:, 2] * attend(f"{name}.self_attention", y, y)
+        crosses[b] = attend(f"{name}.cross_attention", h, text)
+        h = h + crosses[b]
+        y = norm(h) * (1 + m[:, 4]) + m[:, 3]
+        h = h + m[:, 5] * linear(f"{name}.ff_out", F.gelu(linear(f"{name}.ff_in", y), approximate="tanh"))
+    shift, scale = (w["two"] + emb[:, None])[:, :, None].unbind(1)
+    h = linear("conv_out", norm(h) * (1 + scale) + shift).transpose(1, 2).reshape(2, -1, H, W)
+    eps_hat, deep, used = dit(xt, t, TEXT)
+    assert deep is None and eps_hat.std() > 0.1
+    assert torch.allclose(eps_hat, F.pixel_shuffle(h, 2), atol=1e-4)
+    assert all(torch.allclose(used[b], crosses[b].transpose(1, 2).reshape(2, c, H, W), atol=1e-4) for b in crosses)
+
+
+def test_dit_takes_the_cache_of_a_smaller_image(dit):
+    xt, t = randn(2, 3, 16, 16), torch.tensor([3, 700])
+    eps_hat, _, used = dit(xt, t, TEXT)
+    again, _, _ = dit(xt, t, NULL, cross=used)                                 # the text is not asked any more
+    assert torch.allclose(again, eps_hat, atol=1e-5)
+    small = dit(randn(2, 3, 8, 8, seed=1), t, TEXT)[2]
+    assert dit(xt, t, TEXT, cross=small)[2][0].shape == used[0].shape
+    with pytest.raises(ValueError, match="patch"):
+        dit(randn(1, 3, 7, 8), t[:1], TEXT[:1])
+
+
+def test_what_a_dit_and_an_lcm_can_run():
+    dit, lcm = preset("tiny", arch="dit"), preset("tiny", phase="lcm")
+    p.check_plan(p.make_plan("postdiff", dit, k=1), dit)
+    p.check_plan(p.make_plan("postdiff", lcm, "lcm", 8, k=1), lcm)
+    for plan, config, words in ((p.make_plan("cache", dit, k=2), dit, "DiT"),
+                                (p.make_plan("base", lcm), lcm, "lcm"),
+                                (p.make_plan("base", preset("tiny"), "lcm", 4), preset("tiny"), "distill")):
+        with pytest.raises(ValueError, match=words):
+            p.check_plan(plan, config)
+
+
+def test_lcm_sampler_by_hand():
+    """x0_hat, re-noised, at each step; at the switch up-sampled first; w reaches the network; no second half."""
+    calls = []
+
+    def net(xt, t, text, deep=None, cross=None, depth=1, w=None):
+        calls.append((tuple(xt.shape), int(t[0]), w))
+        return 0.2 * xt, None, {}
+
+    taus, w = [999, 600, 300], 2.5
+    plan = dict(taus=taus, w=w, n_low=1, k=1, depth=1, n_guided=3, choice="none", solver="lcm")
+    full, low, *fresh = [randn(2, 3, r, r, seed=r + i) for i, r in enumerate((8, 4, 4, 8, 8))]
+    x = p.run_plan(net, plan, [full, low, *fresh], TEXT, ABAR)
+
+    def x0_of(xt, t):
+        a = float(ABAR[t])
+        return (xt - (1 - a) ** 0.5 * 0.2 * xt) / a ** 0.5
+
+    def noisy(x0, eps, t):
+        return float(ABAR[t]) ** 0.5 * x0 + (1 - float(ABAR[t])) ** 0.5 * eps
+
+    up = F.interpolate(x0_of(low, 999), scale_factor=2, mode="bilinear", align_corners=False)
+    xt = noisy(x0_of(noisy(up, full, 600), 600), fresh[1], 300)
+    assert torch.allclose(x, x0_of(xt, 300), rtol=1e-4, atol=1e-4)
+    assert calls == [((2, 3, 4, 4), 999, w), ((2, 3, 8, 8), 600, w), ((2, 3, 8, 8), 300, w)]
+
+
+def test_consistency_loss_by_hand():
+    """Teacher guided sample by sample, one DDIM step, the target's x0_hat there; at the first step the teacher's."""
+    def net(scale):
+        def call(xt, t, text, w=None):
+            told = 0 if w is None else 0.05 * w.view(-1, 1, 1, 1)
+            return ((scale + 0.1 * text.float().mean(1).view(-1, 1, 1, 1) + told) * xt,)
+        return call
+
+    student, target, teacher, x0, eps = net(0.3), net(0.2), net(0.5), randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
+    t, t_next, w = torch.tensor([519, 11]), torch.tensor([499, -1]), torch.tensor([2.0, 4.0])
+    expected = []
+    for b in range(2):
+        a, text = float(ABAR[t[b]]), float(TEXT[b].float().mean()) * 0.1
+        xt = a ** 0.5 * x0[b] + (1 - a) ** 0.5 * eps[b]
+        e = 0.5 * xt + float(w[b]) * text * xt
+        goal = (xt - (1 - a) ** 0.5 * e) / a ** 0.5
+        if b == 0:
+            n = float(ABAR[499])
+            xn = n ** 0.5 * goal + (1 - n) ** 0.5 * e
+            goal = (xn - (1 - n) ** 0.5 * (0.2 + text + 0.05 * float(w[b])) * xn) / n ** 0.5
+        x0_hat = (xt - (1 - a) ** 0.5 * (0.3 + text + 0.05 * float(w[b])) * xt) / a ** 0.5
+        expected.append(((x0_hat - goal) ** 2 + 1e-6).sqrt())
+    loss = p.consistency_loss(student, target, teacher, x0, t, t_next, eps, ABAR, TEXT, NULL, w)
+    assert float(loss) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+
+
 TINY = "--preset tiny --precision fp32 --batch 8 --iters 20 --save-every 5".split()
 FEW = "--steps 4 --precision fp32".split()
 
@@ -854,6 +988,31 @@ def test_fine_tuning(trained, tmp_path):
     before = load(trained.run / "weights.pt")["ema"]
     moved = [float((saved["net"][k] - v.float()).abs().max()) for k, v in before.items()]
     assert 0 < max(moved) < 0.1
+
+
+def test_distillation(trained, tmp_path):
+    """To an LCM: it starts as its teacher, goes on bit for bit, samples with its own solver and settings."""
+    options = "--precision fp32 --batch 8 --save-every 5 --preset tiny --out".split() + [tmp_path]
+    result = start("--train", "--distill", "--checkpoint", trained.checkpoint, *options)
+    assert result.code == 0, result.err
+    path = only(tmp_path, "*/checkpoint.pt")
+    saved, teacher = load(path), load(trained.checkpoint)
+    assert saved["phase"] == "lcm" and saved["step"] == teacher["step"] + 10 and equal(saved["teacher"], teacher["ema"])
+    assert saved["net"]["guidance.weight"].any() and not equal(saved["ema"]["conv_out.weight"],
+                                                               teacher["ema"]["conv_out.weight"])
+    result = start("--sample", "--n", 4, "--checkpoint", path, "--out", tmp_path / "s")
+    assert result.code == 0 and "postdiff lcm: 8 steps, 4 at 8x8; full pass every 1" in result.out
+    one_line(start("--sample", "--solver", "ddim", "--checkpoint", path, "--out", tmp_path / "s"), "--solver lcm")
+    one_line(start("--train", "--distill", "--checkpoint", path, *options), "--distill")
+    one_line(start("--train", "--distill", *options), "--distill")
+
+
+def test_a_dit_by_command(tmp_path):
+    options = "--precision fp32 --batch 8 --iters 4 --save-every 4 --preset tiny --arch dit --out".split() + [tmp_path]
+    assert start("--train", *options).code == 0
+    result = start("--sample", "--n", 4, "--steps", 4, "--out", tmp_path)
+    assert result.code == 0 and "postdiff dpm2: 4 steps, 2 at 12x12; full pass every 1" in result.out
+    one_line(start("--sample", "--k", 2, "--out", tmp_path), "k must be 1")
 
 
 def test_fine_tuning_draws_its_schedule(trained, tmp_path, monkeypatch):

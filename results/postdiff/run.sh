@@ -30,6 +30,14 @@ if [ "$1" = once ]; then
   $run --evaluate --method base mixed postdiff --n 1000 --experiment table7
   python postdiff.py --checkpoint "$(ls runs/postdiff-finetune/*/weights.pt | tail -1)" --evaluate \
     --method base mixed postdiff --n 1000 --experiment table7
+  # Table 2's other kinds in small: an LCM, distilled from the model; a DiT, trained like it
+  OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -- postdiff.py --train --distill \
+    --checkpoint weights/postdiff/weights.pt --out runs/postdiff-lcm
+  OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -- postdiff.py --train --arch dit --out runs/postdiff-dit
+  for kind in lcm dit; do
+    python postdiff.py --checkpoint "$(ls runs/postdiff-$kind/*/weights.pt | tail -1)" --evaluate \
+      --method base mixed postdiff --n 1000 --experiment "table2 $kind"
+  done
   exit
 fi
 evaluate="$run --evaluate --n 1000 --seed $1"

@@ -22,7 +22,8 @@ Expect (small preset, fashion10k, one CPU core, torch 2.13): --train about 75 mi
 
 Symbols: res_1 < ... < res_n -> stages; y_i -> x0 at each of them; D -> x0_hat; sigma, e -> sigma, eps of the
 image; s, e' -> s, eps_z of the condition z; N -> steps (Heun steps of a stage's schedule); K -> evaluations
-(network evaluations done of the 2N - 1 there are); NFE counts evaluations, a Heun step being two.
+(network evaluations done of the 2N - 1 there are); NFE counts evaluations, a Heun step being two. In the latent
+version t, t' -> t, t_z (0 is noise, 1 data); v -> v_hat = x0 - eps; their sequence -> ts.
 
 Training budget: --budget is the number of multiply-accumulates of one forward pass of every stage (each training
 image goes through each of them once), times images. It sets the number of steps, so that EDM, LowDiff and CDM
@@ -33,8 +34,8 @@ Differences from the paper, and what it leaves open:
 D1  The cut. The sub-network of a resolution is every block at that level and below, with an entry convolution in
     place of the block that leads down into the level: nothing is left on the skip stack. The lowest stage's
     entry takes the image, the others' image and condition; each exit has its own norm. This gives the printed
-    61.82 M, 61.86 M and 93.89 M, 55.77 M without labels; the printed 55.76 M (ours 55.75) fits no rule that
-    also gives 55.77.
+    61.82 M, 61.86 M, 93.89 M, and 55.77 M, which is without labels (EDM's 55.74 is with); the printed 55.76 M
+    (ours 55.75) fits no natural rule that also gives 55.77.
 D2  Resolution embedding: one-hot times sqrt(n) (as EDM scales labels), one linear layer, added to the noise
     embedding.
 D3  The level s of the condition is drawn like sigma and independently of it. The network is not told s (the
@@ -46,19 +47,23 @@ D5  Down is the mean of 2x2 pixels, Up repeats pixels, which keeps the noise at 
 D6  Truncation counts evaluations: only so do Tables 6 to 12 and their latencies fit. An odd count ends in an
     Euler step without correction. Handed on is the noisy image, not the prediction; each stage starts from its
     own noise at its full sigma_max.
-D7  For the stages in the middle the paper prints K, not N: 12 steps at 16x16 on CIFAR-10, 20 on FFHQ put the
-    truncation (sigma 0.78, 0.82) where those of the two-stage models are (1.09, 0.63).
+D7  Of three and four stages the paper prints K, not N: 12 steps at 16x16 on CIFAR-10, 20 on FFHQ put the
+    truncation (sigma 0.78, 0.82) near those of the two-stage models (1.09, 0.63). The first stage has EDM's own
+    18 steps (1.92), 20 on FFHQ (1.19). Other --stages get 18 steps and K = 19, 9 steps in the last.
 D8  Conditioned stages run from sigma 50 to 0.01 (Table 10's best) on all data; that table's prose
     calls its third row narrow, the numbers say wide: the numbers are used.
 D9  Losses are summed over pixels, as EDM does, and over resolutions with equal weight.
-D10 Effective NFE: one ceiling of the sum over the low resolutions; a ceiling each would not give the printed 22.
+D10 Effective NFE: one ceiling of the sum over the low resolutions; by the printed latencies a ceiling each would
+    give 23, not the printed 22.
 D11 CDM: for each stage a network of the same shape as LowDiff's sub-network (the printed 93.89 M), trained in
     the same steps. The printed 117.57 M is 117.54 M.
 D12 EDM's augmentations (paper presets) are done by one bilinear resampling with reflection, not by EDM's wavelet
     filters.
-D13 Gradients that are not finite stop the training; EDM sets them to zero and goes on.
+D13 A loss or weights that are not finite stop the training (checked every 50 steps and when saving); EDM sets
+    such gradients to zero and goes on. bf16 where the device has it (--precision); EDM trains in fp32.
 D14 Classes are sampled in turn (seed i: class i modulo their number), not at random.
-D15 Preset paper trains for EDM's 200 M images and LowDiff for equal MACs, 151.9 M images; the paper took 150 M.
+D15 Preset paper trains for EDM's 200 M images and LowDiff for equal MACs, 151.9 M images on CIFAR-10 (the paper:
+    150 M), 120 M on FFHQ (150 M, a quarter more MACs than EDM), 64,400 steps of the DiT (about 52,500).
 D16 Preset small is not the paper's network: 2x2 pixels a token, one block a level, a decaying learning rate, no
     augmentation (shoes point left), Fashion-MNIST's 10,000 test images. Its FD is no FID and compares with
     itself only.
@@ -66,9 +71,11 @@ D17 Latent version (Table 4): a resolution has its own entry, sine positions, ro
     layer, all blocks are shared: this gives the printed 131.86 M, sharing the final layer does not. Low-resolution
     latents are 2x2 means of the high ones.
 D18 Its condition is t' Down(x0) + (1 - t') eps, t' drawn like t, beside xt and unscaled; means over positions, as in
-    LightningDiT's loss, so both resolutions weigh the same.
+    LightningDiT's loss, so both resolutions weigh the same. Unlike LightningDiT's code: no flipped latents,
+    EMA with EDM's ramp, EDM's frequencies of the time embedding.
 D19 The printed 100, 50 and 45 are taken as evaluations; 45 of 60, so that it stops at t = .47; of 50 it would be .73,
-    nearly clean. The paper prints no guidance: --guidance 1, none.
+    nearly clean. The paper prints no guidance, its scores suggest some. Ours: --guidance 1, none; else on all
+    channels at all times (LightningDiT: on 3 of 32, from t = .1 on).
 D20 Its autoencoder: a small VAE trained here on the same images (paper: VA-VAE's, 16x16x32, ImageNet).
 Not here: the paper's FID and IS, which take 8 GPUs.
 """
@@ -137,13 +144,11 @@ LATENT_PRESETS = {
     "latent":           (4,           4,           32),           # channels of the latent images
     "factor":           (4,           4,           16),           # pixels per side of a latent pixel
     "ae_iters":         (20,          1500,        100_000),      # steps of the autoencoder
-    "dropout":          (0.0,         0.0,         0.0),
-    "augment":          (0.0,         0.0,         0.0),
     "batch":            (16,          128,         1024),
     "lr":               (2e-3,        1e-3,        2e-4),         # Adam
     "warmup":           (10,          200,         1),
     "decay":            (0.3,         0.3,         0.0),
-    "ema":              (100,         50_000,      7_097_516),    # half-life in images; 0.9999 a step
+    "ema":              (100,         50_000,      7_097_472),    # half-life in images; 0.9999 a step
     "edm_iters":        (20,          3000,        80_000),       # LightningDiT's steps: the budget
 }
 LATENT_NAMES = ("tiny", "small", "paper-dit")
@@ -152,6 +157,18 @@ LABEL_DROP = 0.1               # labels left out in training, for guidance (Ligh
 KL_WEIGHT = 1e-4               # of the autoencoder: keeps the latents near a normal distribution
 AE_BATCH, AE_LR = 64, 2e-3     # of the autoencoder
 BETAS = {"pixel": (0.9, 0.999), "latent": (0.9, 0.95)}         # Adam: EDM's, LightningDiT's
+
+CONFIG = (*{**PRESETS, **LATENT_PRESETS}, "space", "data", "preset", "seed", "arch", "cond", "classes", "up",
+          "cond_scale", "told")                                        # in a checkpoint, beside iters and budget
+
+
+def preset_of(name, space):
+    """The values of a preset of --space pixel or latent, as a dict."""
+    presets, names = (LATENT_PRESETS, LATENT_NAMES) if space == "latent" else (PRESETS, PRESET_NAMES)
+    if name not in names:
+        raise ValueError(f"--preset {name}: --space {space} has {', '.join(names)}")
+    return {key: values[names.index(name)] for key, values in presets.items()}
+
 
 # Steps N of each stage and evaluations K of each but the last (Tables 2, 3, 6, 7; N of the middle ones: D7).
 SCHEDULES = {
@@ -369,12 +386,17 @@ def build_net(config, channels):
 # Method: EDM's denoiser, the low-resolution condition (Sec. 3.1 - 3.4), effective NFE (Appendix B)
 # ---------------------------------------------------------------------------------------------
 def downsample(x):
-    """(B, C, 2r, 2r) -> (B, C, r, r): the mean of 2x2 pixels (D5)."""
+    """METHOD: Down: (B, C, 2r, 2r) -> (B, C, r, r): the mean of 2x2 pixels (D5)."""
     return F.avg_pool2d(x, 2)
 
 
+def pyramid_of(x0, n):
+    """x0 at n resolutions, low to high."""
+    return [x0] if n == 1 else [*pyramid_of(downsample(x0), n - 1), x0]
+
+
 def upsample(x, up="nearest"):
-    """(B, C, r, r) -> (B, C, 2r, 2r): nearest or bilinear (D5)."""
+    """METHOD: Up: (B, C, r, r) -> (B, C, 2r, 2r): nearest or bilinear (D5)."""
     return F.interpolate(x, scale_factor=2, mode=up, align_corners=None if up == "nearest" else False)
 
 
@@ -405,14 +427,20 @@ def effective_nfe(nfe, seconds):
 # ---------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------
-def draw_noise(B, channels, stages):
+def log_normal(B):
+    """EDM's noise levels sigma of B training images."""
+    return (P_MEAN + P_STD * torch.randn(B)).exp()
+
+
+def draw_noise(B, channels, stages, draw_level=log_normal):
     """What a training step draws for each stage: [(sigma (B,), eps (B, C, r, r), s (B,), eps_z (B, C, r/2, r/2))];
-    s and eps_z are None in the first. METHOD: 3.2, truncation augmentation: the condition has its own level and its
-    own noise, drawn at its own, lower resolution (D3)."""
+    s and eps_z are None in the first.
+    METHOD: 3.2, truncation augmentation: the condition has its own level and its own noise, drawn at its own, lower
+    resolution (D3)."""
     draws = []
     for i, r in enumerate(stages):
-        sigma, eps = (P_MEAN + P_STD * torch.randn(B)).exp(), torch.randn(B, channels, r, r)
-        s = (P_MEAN + P_STD * torch.randn(B)).exp() if i else None
+        sigma, eps = draw_level(B), torch.randn(B, channels, r, r)
+        s = draw_level(B) if i else None
         draws.append((sigma, eps, s, torch.randn(B, channels, r // 2, r // 2) if i else None))
     return draws
 
@@ -428,10 +456,7 @@ def cascade_loss(net, x0, draws, y=None, aug=None, up="nearest", cond_scale="own
     """METHOD: 3.4, Algorithm 1: the losses of all resolutions, each conditioned on a noisy image of the one below,
     added together; each activates its own part of the network. x0 (B, C, R, R); draws: of draw_noise, low to
     high. One stage is EDM's loss. Returns the sum, a mean over the batch."""
-    pyramid = [x0]
-    while len(pyramid) < len(draws):
-        pyramid.insert(0, downsample(pyramid[0]))
-    total = 0
+    pyramid, total = pyramid_of(x0, len(draws)), 0
     for i, (sigma, eps, s, eps_z) in enumerate(draws):
         z = upsample(pyramid[i - 1] + s.view(-1, 1, 1, 1) * eps_z, up) if i else None
         total = total + edm_loss(net, pyramid[i], sigma, eps, z, s, y, aug, cond_scale).mean()
@@ -542,8 +567,8 @@ def check_plan(plan, name="plan"):
         euler = "shift" in p
         if any(type(v) is not int or v < 1 for v in whole):
             raise ValueError(f"{name}: stage {i + 1}: res, steps and evaluations must be whole numbers from 1")
-        if euler and (type(p["shift"]) not in (int, float) or not 0 < p["shift"] < math.inf):
-            raise ValueError(f"{name}: stage {i + 1}: shift must be a positive number: {p['shift']}")
+        if euler and (type(p["shift"]) not in (int, float) or not 1e-3 <= p["shift"] <= 1e3):
+            raise ValueError(f"{name}: stage {i + 1}: shift must be a number in 0.001 .. 1000: {p['shift']}")
         if not euler and (any(type(v) not in (int, float) for v in real) or not 0 < real[0] < real[1] < math.inf):
             raise ValueError(f"{name}: stage {i + 1}: 0 < sigma_min < sigma_max must hold: {real}")
         full = evaluations_of(p)
@@ -553,8 +578,10 @@ def check_plan(plan, name="plan"):
         stop = stop_level(levels_of(p), p["evaluations"], 1 if euler else 2)
         p["t_stop" if euler else "sigma_stop"] = round(stop, 6)
     check_stages([p["res"] for p in stages], name)
-    if len({"shift" in p for p in stages}) > 1:
-        raise ValueError(f"{name}: all stages must have a shift (latent models), or none")
+    if len({"shift" in p for p in stages} | {"guidance" in plan}) > 1:
+        raise ValueError(f"{name}: guidance, and a shift in all stages, for latent models, or none of them")
+    if type(plan.get("guidance", 1.0)) not in (int, float) or not math.isfinite(plan.get("guidance", 1.0)):
+        raise ValueError(f"{name}: guidance must be a number: {plan['guidance']}")
     if stages[-1].get("sigma_stop") or stages[-1].get("t_stop", 1) < 1:
         raise ValueError(f"{name}: the last stage must run to the end: {evaluations_of(stages[-1])} evaluations")
     return plan
@@ -577,7 +604,7 @@ def load_plan(path):
 # differs: other plans
 def get_plan(args):
     """The plan to run, printed: --plan FILE, or the paper's schedule with what --steps, --truncate, --sigma-min
-    and --sigma-max say."""
+    and --sigma-max (and --guidance) say."""
     stages, space = args.config["stages"], args.config["space"]
     plan = load_plan(args.plan) if args.plan else make_plan(stages, args.steps, args.truncate, args.sigma_min,
                                                             args.sigma_max, space, args.guidance)
@@ -585,7 +612,10 @@ def get_plan(args):
         raise ValueError(f"the plan has the stages {[p['res'] for p in plan['stages']]}, the checkpoint {stages}")
     if (space == "latent") != ("shift" in plan["stages"][0]):
         raise ValueError(f"{args.plan} is a plan of the other space: the checkpoint works in {space} space")
-    print(f"{args.config['arch']}: " + ", then ".join(
+    if plan.get("guidance", 1) != 1 and not args.config["classes"]:
+        raise ValueError("--guidance needs a network with labels (train with --cond)")
+    guided = f", guidance {plan['guidance']:g}" if plan.get("guidance", 1) != 1 else ""
+    print(f"{args.config['arch']}{guided}: " + ", then ".join(
         f"{p['res']}x{p['res']}: {p['evaluations']} of {evaluations_of(p)} evaluations, "
         + (f"t 0 to {p['t_stop']:.4g}" if "shift" in p else f"sigma {p['sigma_max']:g} to {p['sigma_stop']:.4g}")
         for p in plan["stages"]))
@@ -622,7 +652,8 @@ def load_models(args, device, precision="auto"):
     args.autoencoder = load_autoencoder(saved, args.checkpoint).to(device) if "autoencoder" in saved else None
     if "ema" not in saved:
         raise ValueError(f"{args.checkpoint} holds an autoencoder only: name a checkpoint of --train")
-    args.run, args.config, args.channels = Path(args.checkpoint).parent, saved["args"], saved["channels"]
+    args.run, args.channels, args.decoded_fd = Path(args.checkpoint).parent, saved["channels"], None
+    args.config = {"space": "pixel", **saved["args"]}          # the pixel models were trained before there were others
     args.images_seen = saved["images_seen"]
     net = build_net(args.config, args.channels)
     net.load_state_dict(saved["ema"])
@@ -635,7 +666,7 @@ def noises(args, seeds, device):
     """Noise of each stage for each seed, low to high; that of the full resolution does not depend on the others."""
     shapes = [(args.channels, r, r) for r in reversed(args.config["stages"])]
     drawn = noise_for(seeds, *shapes)
-    return [z.to(device) for z in reversed(drawn if len(shapes) > 1 else [drawn])]
+    return [noise.to(device) for noise in reversed(drawn if len(shapes) > 1 else [drawn])]
 
 
 def labels_of(args, seeds, device):
@@ -668,14 +699,16 @@ def to_image(x, autoencoder):
 
 # differs: returns the images of all stages
 def sample(args, denoiser, plan, seeds, device):
-    """uint8 images [(n, C, r, r), ...] of each stage, seed by seed, of this process's share of the seeds."""
+    """uint8 images [(n, C, r, r), ...], of each stage with --show-stages, else of the last, seed by seed, of this
+    process's share of the seeds."""
     if not len(seeds):
         raise ValueError("--n is smaller than the number of processes")
     parts, batches = [], torch.tensor(list(seeds)).split(250)
     for batch in progress(batches, f"sample {args.config['arch']}", len(batches[0])):
         batch = batch.tolist()
         stages = stages_of(plan, denoiser, noises(args, batch, device), labels_of(args, batch, device))
-        parts.append([to_image(x, args.autoencoder) for x in run_stages(stages, args.config)])
+        images = run_stages(stages, args.config)
+        parts.append([to_image(x, args.autoencoder) for x in (images if args.show_stages else images[-1:])])
     return [torch.cat(stage) for stage in zip(*parts)]
 
 
@@ -822,9 +855,7 @@ def train(args, device, rank, world):
     if x.shape[-1] != R:
         raise ValueError(f"--data {args.data} has images of {x.shape[-1]}x{x.shape[-1]}, the last stage makes {R}x{R}: "
                          "choose --stages or --preset to fit")
-    if latent:                                                         # from here on, x are latents
-        autoencoder = get_autoencoder(args, x, saved, run, device, rank, world)
-        x, channels = encode_all(autoencoder, x, device), args.latent
+    channels = args.latent if latent else channels
     if saved.get("channels", channels) != channels:
         raise ValueError(f"--data {args.data} has {channels} channels, the checkpoint {saved['channels']}")
     if args.batch % world:
@@ -836,15 +867,22 @@ def train(args, device, rank, world):
         if args.budget is None:                                        # what EDM's steps cost
             batch = preset_of(args.preset, args.space)["batch"]
             args.budget = float(args.edm_iters * batch * training_macs(edm_of(config), channels))
+        if args.iters:
+            args.budget = float(args.iters * args.batch * cost)
         args.iters = args.iters or int(args.budget // (args.batch * cost))
         if args.iters < 1:
             raise ValueError(f"--budget {args.budget:g} MACs is less than one step: {args.batch * cost:.3g}")
-    config = {k: getattr(args, k) for k in (*CONFIG, "iters", "budget") if hasattr(args, k)}
+    config = saved["args"] if args.resume else {
+        k: getattr(args, k) for k in (*CONFIG, "iters", "budget") if hasattr(args, k)}
     mine, plan = slice(rank, None, world), make_plan(stages, space=args.space)
+    if rank == 0:
+        save_json(run / "args.json", config)                           # an unwritable folder fails here
+    if latent:                                                         # from here on, x are latents
+        autoencoder = get_autoencoder(args, x, saved, run, device, rank, world)
+        x = encode_all(autoencoder, x, device)
     torch.manual_seed(args.seed)
     net = build_net(config, channels)
     if rank == 0:
-        save_json(run / "args.json", config)                           # an unwritable folder fails here
         print(f"{args.arch} {stages}: {sum(p.numel() for p in net.parameters()):,} parameters, {args.iters} steps of "
               f"{args.batch} images, {args.iters * args.batch * training_macs(config, channels):.3g} MACs forward")
     ema = copy.deepcopy(net).to(device).eval().requires_grad_(False)
@@ -899,13 +937,13 @@ def train(args, device, rank, world):
         torch.manual_seed(args.seed * 10_000_019 + step)
         i = torch.randint(0, len(x), (args.batch,))
         draws = [[None if v is None else v[mine].to(device) for v in draw]
-                 for draw in (draw_flow_noise if latent else draw_noise)(args.batch, channels, stages)]
+                 for draw in draw_noise(args.batch, channels, stages, logit_normal if latent else log_normal)]
         x0, aug = x[i[mine]].to(device), None
         x0 = x0 if latent else to_float(x0)
         y = labels[i[mine]].to(device) if args.classes else None
         if latent and args.classes:                                    # class number `classes`: no label
             y = torch.where((torch.rand(args.batch) < LABEL_DROP)[mine].to(device), args.classes, y)
-        if args.augment:
+        if not latent and args.augment:
             theta, aug = (v[mine].to(device) for v in draw_augment(args.batch, args.augment))
             x0 = F.grid_sample(x0, F.affine_grid(theta, x0.shape, align_corners=False), padding_mode="reflection",
                                align_corners=False)
@@ -978,14 +1016,19 @@ def edm_of(config):
     return dict(config, arch="dit" if config["space"] == "latent" else "edm", stages=config["stages"][-1:])
 
 
+def edm_plan(edm, plan):
+    """The baseline's schedule, with the guidance of a plan."""
+    return make_plan(edm["stages"], space=edm["space"], guidance=plan.get("guidance", 1.0))
+
+
 def speed(args, denoiser, plan, device):
     """images/s at batch 64 (Table 5) of a plan and, in turn with it, of EDM with its own schedule (an untrained
     network of the same widths: time does not depend on weights), and effective NFE from the measured seconds
     of one evaluation at each stage. Medians of SPEED_RUNS runs."""
     edm = edm_of(args.config)
     net = build_net(edm, args.channels).to(device).eval().requires_grad_(False)
-    base = dict(make_plan(edm["stages"], space=edm["space"]), **{k: plan[k] for k in ("guidance",) if k in plan})
-    both = ((args.config, plan, denoiser), (edm, base, model_of(net, edm, device, args.precision)))
+    net = torch.compile(net) if args.compile else net
+    both = ((args.config, plan, denoiser), (edm, edm_plan(edm, plan), model_of(net, edm, device, args.precision)))
     runs = []
     for config, p, model in both:
         here = argparse.Namespace(config=config, channels=args.channels, chosen=None)
@@ -999,15 +1042,20 @@ def speed(args, denoiser, plan, device):
             torch.cuda.synchronize()
         return time.perf_counter() - begun
 
-    def evaluation(stage, first):                                      # one evaluation of a stage
+    def evaluation(stage, first):                                      # SPEED_RUNS evaluations of a stage
         denoiser, noise, _, _ = stage
-        return lambda: denoiser(noise, 1.0, None if first else noise, None if first else 1.0)
+
+        def call():
+            for _ in range(SPEED_RUNS):
+                denoiser(noise, 1.0, None if first else noise, None if first else 1.0)
+        return call
 
     calls = [lambda stages=stages: to_image(run_stages(stages, args.config)[-1], args.autoencoder) for stages in runs]
     calls += [evaluation(stage, i == 0) for i, stage in enumerate(runs[0])]
-    for call in calls[2:]:
+    for call in (*calls[2:], evaluation(runs[1][0], True)):
         seconds(call)                                                  # warm-up
     ours, base, *each = map(statistics.median, zip(*[[seconds(call) for call in calls] for _ in range(SPEED_RUNS)]))
+    each = [t / SPEED_RUNS for t in each]
     nfe = [p["evaluations"] for p in plan["stages"]]
     return dict(images_per_s=SPEED_BATCH / ours, edm_images_per_s=SPEED_BATCH / base, speedup=base / ours,
                 seconds_per_evaluation=each, effective_nfe=effective_nfe(nfe, each))
@@ -1018,11 +1066,11 @@ def append_result(args, device, plan, experiment, **measured):
     """One line of results.jsonl: what was measured, under which conditions, by which source."""
     config, edm = args.config, edm_of(args.config)
     macs, nfe = plan_macs(config, args.channels, plan)
-    full = plan_macs(edm, args.channels, make_plan(edm["stages"], space=edm["space"]))[0]
+    full = plan_macs(edm, args.channels, edm_plan(edm, plan))[0]
     cpu = "" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cpu}"
     plain = {k: str(v).replace(f"{HERE}/", "") if isinstance(v, (str, Path)) else v
-             for k, v in vars(args).items() if k not in ("config", "autoencoder")}
+             for k, v in vars(args).items() if k not in ("config", "autoencoder", "decoded_fd")}
     if args.autoencoder is not None:
         r = config["stages"][-1]
         with torch.device("meta"):
@@ -1030,7 +1078,7 @@ def append_result(args, device, plan, experiment, **measured):
                 1, args.channels, r, r))
     line = dict(experiment=experiment, method=config["arch"], space=config["space"], data=args.data,
                 solver="euler" if config["space"] == "latent" else "heun", preset=config["preset"],
-                stages=config["stages"], cond=config["cond"], up=config["up"],
+                stages=config["stages"], cond=config["cond"], up=config["up"], decoded_fd=args.decoded_fd,
                 cond_scale=config["cond_scale"], told=config["told"], **measured, nfe=nfe, macs_per_image=macs,
                 relative_macs=macs / full, parameters=parameters(config, args.channels), device=name,
                 torch=torch.__version__, images_seen=args.images_seen, budget=config["budget"],
@@ -1056,6 +1104,11 @@ def evaluate(args, denoiser, device, rank, world, jobs=None, experiment=None):
         raise ValueError(f"--data {data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
                          f"'{args.config['data']}'")
     reference, means = feature_stats(extract(extractor, x)[0]), []
+    if args.autoencoder is not None:                                   # what no latent model can be better than
+        some = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:args.n]]
+        back = to_image(encode_all(args.autoencoder, some, device).to(device), args.autoencoder)
+        args.decoded_fd = frechet_distance(feature_stats(extract(extractor, back)[0]), reference)
+        print(f"{len(some)} images through the autoencoder: FD[{name}]@{len(some)} {args.decoded_fd:.3f}")
     here = argparse.Namespace(**{**vars(args), "data": data})
     for label, plan in jobs or [(None, get_plan(args))]:
         extra = dict(variant=label) if label else speed(args, denoiser, plan, device) if rank == 0 else {}
@@ -1139,7 +1192,7 @@ def encode_all(autoencoder, x, device, batch=500):
 
 
 def train_autoencoder(autoencoder, x, iters, device, precision="auto", seed=0):
-    """Trains it on uint8 images x (n, C, H, W) and sets the mean and std of its latents.
+    """Trains it on uint8 images x (n, C, H, W) and sets the mean and std of its latents. Not resumed: minutes.
     Raises ValueError if the loss is not finite."""
     optimizer, loss = torch.optim.Adam(autoencoder.parameters(), lr=AE_LR), torch.zeros(())
     side = x.shape[-1] // autoencoder.factor
@@ -1157,9 +1210,11 @@ def train_autoencoder(autoencoder, x, iters, device, precision="auto", seed=0):
         optimizer.step()
         if (step % 50 == 0 or step == iters) and not loss.isfinite():
             raise ValueError(f"the autoencoder's loss is not finite: stopped at step {step}")
-    z = encode_all(autoencoder, x, device)
-    autoencoder.mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
-    autoencoder.std.copy_(z.std((0, 2, 3)).view(-1, 1, 1))
+    autoencoder.mean.zero_()
+    autoencoder.std.fill_(1)
+    latents = encode_all(autoencoder, x, device)
+    autoencoder.mean.copy_(latents.mean((0, 2, 3)).view(-1, 1, 1))
+    autoencoder.std.copy_(latents.std((0, 2, 3)).view(-1, 1, 1))
 
 
 def load_autoencoder(saved, path):
@@ -1184,7 +1239,8 @@ def get_autoencoder(args, x, saved, run, device, rank, world):
         return autoencoder
     torch.manual_seed(args.seed)
     autoencoder = Autoencoder(*shape).to(device)
-    train_autoencoder(autoencoder, x, args.ae_iters, device, args.precision, args.seed)
+    if rank == 0:
+        train_autoencoder(autoencoder, x, args.ae_iters, device, args.precision, args.seed)
     if world > 1:                                                      # one for all processes
         for value in autoencoder.state_dict().values():
             dist.broadcast(value, 0)
@@ -1198,7 +1254,7 @@ def get_autoencoder(args, x, saved, run, device, rank, world):
 
 
 def axis_angles(side, n):
-    """(side * side, 2n): row and column of each token times n frequencies from 1 down to 1 / 10000."""
+    """(side * side, 2n): row and column of each token times n frequencies, 1 down to nearly 1 / 10000."""
     frequency = 1e4 ** (-torch.arange(n) / n)
     at = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
     return (at[:, :, None] * frequency).flatten(1)
@@ -1250,8 +1306,8 @@ class DiT(nn.Module):
     """LightningDiT with several entries: v_hat (B, C, r, r) for each r in `stages`; a token is a latent pixel.
 
     xt (B, C_in, r, r), C_in = C at the resolution `lowest` and 2C above it; t (B,) in 0 .. 1; y (B,), class number
-    `classes` (or None) is no label. METHOD: own entry, positions and exit for each resolution, shared blocks (D17).
-    """
+    `classes` (or None) is no label.
+    METHOD: own entry, positions and exit for each resolution, shared blocks (D17)."""
 
     def __init__(self, channels, stages, lowest, ch, blocks, classes=0):
         super().__init__()
@@ -1297,24 +1353,20 @@ class DiT(nn.Module):
 
 
 def velocity(net, xt, t, z=None, y=None):
-    """v_hat, the network's estimate of x0 - eps (B, C, r, r), for xt = t x0 + (1 - t) eps, t (B,). METHOD: z, the
-    up-sampled image of the stage before with noise, enters beside xt, as it is (D18)."""
+    """v_hat, the network's estimate of x0 - eps (B, C, r, r), for xt = t x0 + (1 - t) eps, t (B,).
+    METHOD: z, the up-sampled image of the stage before with noise, enters beside xt, as it is (D18)."""
     return net(xt if z is None else torch.cat([xt, z], dim=1), t.to(xt.dtype), y)
 
 
-def draw_flow_noise(B, channels, stages):
-    """draw_noise for rectified flow: t = sigmoid of a normal number (LightningDiT) takes the place of sigma and s."""
-    return [[v if i % 2 or v is None else torch.randn(B).sigmoid() for i, v in enumerate(draw)]
-            for draw in draw_noise(B, channels, stages)]
+def logit_normal(B):
+    """LightningDiT's times t of B training images: sigmoid of a normal number."""
+    return torch.randn(B).sigmoid()
 
 
 def flow_cascade_loss(net, x0, draws, y=None, up="nearest"):
     """METHOD: cascade_loss for LightningDiT: of each stage the squared error of v, a mean over its elements, plus
     1 - cosine between v_hat and v, a mean over its positions; the stages' are added together (D18)."""
-    pyramid = [x0]
-    while len(pyramid) < len(draws):
-        pyramid.insert(0, downsample(pyramid[0]))
-    total, of_image = 0, (-1, 1, 1, 1)
+    pyramid, total, of_image = pyramid_of(x0, len(draws)), 0, (-1, 1, 1, 1)
     for i, (t, eps, t_z, eps_z) in enumerate(draws):
         a, b = t.view(of_image), None if t_z is None else t_z.view(of_image)
         z = upsample(b * pyramid[i - 1] + (1 - b) * eps_z, up) if i else None
@@ -1408,6 +1460,13 @@ def ledger(path):
         plan = make_plan([16, 32], [18, 9], [K])
         row("11", f"CIFAR10 16-32, K = {K} of 35: sigma at the stop", None, plan["stages"][0]["sigma_stop"])
 
+    for preset, stages, printed in (("paper", [16, 32], [19, 17]), ("paper-ffhq", [32, 64], [49, 39])):     # CDM
+        macs, nfe = plan_macs(case(preset, "cdm", stages), 3, make_plan(stages))
+        table, kind = ("8", "CIFAR10") if preset == "paper" else ("9", "FFHQ")
+        for r, a, b in zip(stages, printed, nfe):
+            row(table, f"{kind} cdm: NFE at {r}x{r}", a, b)
+        row(table, f"{kind} cdm: GMAC per image", None, macs / 1e9)
+
     # Latent space: LightningDiT-B/1, one conditional pass, without the autoencoder
     latent = dict(preset_of("paper-dit", "latent"), space="latent", up="nearest", classes=1000)
     dit, two = dict(latent, arch="dit", stages=[16]), dict(latent, arch="lowdiff", stages=[8, 16])
@@ -1419,6 +1478,9 @@ def ledger(path):
             row("4", f"ImageNet {kind}: GMAC per evaluation at {r}x{r}", None,
                 network_macs(json.dumps(config), 32, r) / 1e9)
         row("4", f"ImageNet {kind}: GMAC per image", None, macs / 1e9)
+    half, nfe = plan_macs(dit, 32, make_plan([16], [50], space="latent"))
+    row("4", "ImageNet LightningDiT, half the steps: NFE at 16x16", 50, nfe[0])
+    row("4", "ImageNet LightningDiT, half the steps: GMAC per image", None, half / 1e9)
     full = plan_macs(dit, 32, make_plan([16], space="latent"))[0]
     row("5", "ImageNet: throughput gain, %", 65.5, 100 * (full / macs - 1), "by MACs; printed: 4.8 / 2.9 images/s")
     each = [network_macs(json.dumps(two), 32, r) for r in (8, 16)]
@@ -1431,24 +1493,15 @@ def ledger(path):
     macs = [network_macs(json.dumps(case("paper", "lowdiff", [8, 16, 32])), 3, r) for r in (8, 16, 32)]
     for cost, note in (([at_8, at_16, at_32], "printed latencies"), (macs, "by MACs")):
         row("1", "CIFAR10 8-16-32: effective NFE", 22, effective_nfe([18, 13, 17], cost), note)
+        row("App. B", "CIFAR10 16-32: effective NFE", None, effective_nfe([19, 17], cost[1:]), note)
+    macs = [network_macs(json.dumps(case("paper-ffhq", "lowdiff", [8, 16, 32, 64])), 3, r) for r in (8, 16, 32, 64)]
+    row("App. B", "FFHQ 8-16-32-64: effective NFE", None, effective_nfe([22, 23, 23, 39], macs), "by MACs")
     save_json(path, rows)
 
 
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
-CONFIG = (*{**PRESETS, **LATENT_PRESETS}, "space", "data", "preset", "seed", "arch", "cond", "classes", "up",
-          "cond_scale", "told")                                        # in a checkpoint
-
-
-def preset_of(name, space):
-    """The values of a preset of --space pixel or latent, as a dict."""
-    presets, names = (LATENT_PRESETS, LATENT_NAMES) if space == "latent" else (PRESETS, PRESET_NAMES)
-    if name not in names:
-        raise ValueError(f"--preset {name}: --space {space} has {', '.join(names)}")
-    return {key: values[names.index(name)] for key, values in presets.items()}
-
-
 # differs: other options
 def get_args(argv=None):
     """The command line; what a preset sets is None here and filled in from it."""
@@ -1479,7 +1532,7 @@ def get_args(argv=None):
     run.add_argument("--results", default=str(HERE / "results" / SCRIPT / "results.jsonl"))
     run.add_argument("--experiment", help="name of the table or figure in the results")
     run.add_argument("--inception", help="FD with Inception-v3: path of its weights, or 'download'")
-    m = p.add_argument_group("METHOD")
+    m = p.add_argument_group("the method")
     m.add_argument("--arch", default="lowdiff", choices=ARCHS, help="edm, in latents dit: the off switch, the last "
                    "stage only; cdm: a network for each stage")
     m.add_argument("--space", default=None, choices=("pixel", "latent"), help="train: latent: LightningDiT (Table 4)")
@@ -1492,7 +1545,8 @@ def get_args(argv=None):
     m.add_argument("--truncate", type=int, nargs="+", help="evaluations K of each stage but the last")
     m.add_argument("--sigma-min", type=float, nargs="+", help="last noise level of each stage")
     m.add_argument("--sigma-max", type=float, nargs="+", help="first noise level of each stage")
-    m.add_argument("--plan", help="a plan.json instead of --steps, --truncate, --sigma-min, --sigma-max")
+    m.add_argument("--plan", help="a plan.json instead of --steps, --truncate, --sigma-min, --sigma-max, "
+                   "--guidance")
     m.add_argument("--plans", help="search: folder of the plans (default: the checkpoint's)")
     m.add_argument("--sweep", nargs="+", default=["truncation"], choices=SWEEPS, help="search: Tables 11, 12, 10")
     m.add_argument("--show-stages", action="store_true", help="sample: a row for each stage")
@@ -1559,7 +1613,7 @@ def main():
         if args.sample:
             n = args.n or 64
             images = sample(here, denoiser, get_plan(here), range(args.seed, args.seed + n)[rank::world], device)
-            for x in images if args.show_stages else images[-1:]:
+            for x in images:
                 x = gather(x, world)
                 rows.append(x.repeat_interleave(images[-1].shape[-1] // x.shape[-1], 2).repeat_interleave(
                     images[-1].shape[-1] // x.shape[-1], 3))

@@ -441,7 +441,7 @@ def encode_all(autoencoder, x, device, batch=500):
 
 
 def train_autoencoder(autoencoder, x, iters, device, precision="auto", seed=0):
-    """Trains it on uint8 images x (n, C, H, W) and sets the mean and std of its latents.
+    """Trains it on uint8 images x (n, C, H, W) and sets the mean and std of its latents. Not resumed: minutes.
     Raises ValueError if the loss is not finite."""
     optimizer, loss = torch.optim.Adam(autoencoder.parameters(), lr=AE_LR), torch.zeros(())
     side = x.shape[-1] // autoencoder.factor
@@ -459,9 +459,11 @@ def train_autoencoder(autoencoder, x, iters, device, precision="auto", seed=0):
         optimizer.step()
         if (step % 50 == 0 or step == iters) and not loss.isfinite():
             raise ValueError(f"the autoencoder's loss is not finite: stopped at step {step}")
-    z = encode_all(autoencoder, x, device)
-    autoencoder.mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
-    autoencoder.std.copy_(z.std((0, 2, 3)).view(-1, 1, 1))
+    autoencoder.mean.zero_()
+    autoencoder.std.fill_(1)
+    latents = encode_all(autoencoder, x, device)
+    autoencoder.mean.copy_(latents.mean((0, 2, 3)).view(-1, 1, 1))
+    autoencoder.std.copy_(latents.std((0, 2, 3)).view(-1, 1, 1))
 
 
 def load_autoencoder(saved, path):
@@ -495,7 +497,8 @@ def get_autoencoder(args, device, rank, world):
         return autoencoder
     torch.manual_seed(args.seed)
     autoencoder = Autoencoder(*shape).to(device)
-    train_autoencoder(autoencoder, x, args.ae_iters, device, args.precision, args.seed)
+    if rank == 0:
+        train_autoencoder(autoencoder, x, args.ae_iters, device, args.precision, args.seed)
     if world > 1:                                                      # one for all processes
         for value in autoencoder.state_dict().values():
             dist.broadcast(value, 0)

@@ -312,6 +312,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch), deep, used
 
 
+# differs: PixArt's, with text
 class DiTBlock(nn.Module):
     """PixArt's block: self-attention, cross-attention to the text, feed-forward; the first and the last are scaled,
     shifted and gated by the time, through six vectors (B, 6, c) that all blocks share and each offsets by its own."""
@@ -337,6 +338,7 @@ class DiTBlock(nn.Module):
         return h + gate2 * self.ff_out(F.gelu(self.ff_in(y), approximate="tanh")), cross
 
 
+# differs: PixArt's, with text
 class DiT(nn.Module):
     """PixArt's kind in small: called like UNet, of any height and width that patch divides; there are no deep
     features to cache, the second thing that it returns is None."""

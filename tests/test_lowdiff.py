@@ -1070,11 +1070,11 @@ def test_ledger(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "results" / "lowdiff" / "ledger.json").read_text())
     assert all(set(row) == {"table", "cell", "paper", "ours", "note"} for row in rows)
     nfe = [row for row in rows if "NFE at" in row["cell"]]
-    assert len(nfe) == 20 and all(row["paper"] == row["ours"] for row in nfe)
+    assert len(nfe) == 25 and all(row["paper"] == row["ours"] for row in nfe)
     sizes = [row for row in rows if "parameters" in row["cell"]]
     assert len(sizes) == 14 and all(row["note"] or abs(row["ours"] - row["paper"]) <= 10_000 for row in sizes)
     assert all(abs(row["ours"] / row["paper"] - 1) < 3e-4 for row in sizes)
-    assert [row["ours"] for row in rows if "effective" in row["cell"]] == [61, 22, 22]
+    assert [row["ours"] for row in rows if "effective" in row["cell"]] == [61, 22, 22, 22, 23, 55]
     assert capsys.readouterr().out.count("\n") == len(rows)
 
 

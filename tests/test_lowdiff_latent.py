@@ -117,7 +117,7 @@ def test_rotary_positions_are_relative():
 def test_only_what_is_active_gets_gradient_and_the_tables_stay():
     net, x0 = awake_net(config_of(classes=3), 4).train(), randn(4, 4, 8, 8).float()
     assert not any(p.requires_grad for p in net.position.values())
-    draws = c.draw_flow_noise(4, 4, [4, 8])
+    draws = c.draw_noise(4, 4, [4, 8], c.logit_normal)
     c.flow_cascade_loss(net, c.downsample(x0), draws[:1], torch.zeros(4, dtype=torch.long)).backward()
     idle = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters()
             if p.requires_grad and p.grad is None}
@@ -150,7 +150,7 @@ def test_guidance_by_hand():
 # ---------------------------------------------------------------------------------------------
 def test_draws_of_training():
     torch.manual_seed(0)
-    (t, eps, *none), (t2, eps2, t_z, eps_z) = c.draw_flow_noise(20_000, 1, [2, 4])
+    (t, eps, *none), (t2, eps2, t_z, eps_z) = c.draw_noise(20_000, 1, [2, 4], c.logit_normal)
     assert none == [None, None] and eps.shape[1:] == (1, 2, 2) == eps_z.shape[1:] and eps2.shape[1:] == (1, 4, 4)
     for v in (t, t2, t_z):
         logit = (v / (1 - v)).log()
@@ -164,7 +164,7 @@ def test_flow_cascade_loss_by_hand():
         return xt[:, :2] * t.view(-1, 1, 1, 1) + (0.3 if xt.shape[1] == 4 else 0.1) * xt[:, -2:].flip(3)
 
     x0, draws = randn(3, 2, 4, 4), [[None if v is None else v.double() for v in d]
-                                    for d in c.draw_flow_noise(3, 2, [2, 4])]
+                                    for d in c.draw_noise(3, 2, [2, 4], c.logit_normal)]
     low = torch.stack([x0[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0)
     expected = 0
     (t, eps, _, _), (t2, eps2, t_z, eps_z) = draws
@@ -318,8 +318,47 @@ def test_baseline_sample_and_evaluate(trained, tmp_path):
     config = load(trained)["args"]
     assert line["space"] == "latent" and line["solver"] == "euler" and line["nfe"] == [2, 3]
     assert line["macs_per_image"] == sum(n * c.network_macs(json.dumps(config), 4, r) for r, n in ((4, 2), (8, 3)))
-    assert line["decoder_macs"] > 0 and line["fd"] > 0 and line["edm_images_per_s"] > 0
+    assert line["decoded_fd"] > 0 and line["decoder_macs"] > 0 and line["fd"] > 0 and line["edm_images_per_s"] > 0
     assert line["plan"]["guidance"] == 1 and "autoencoder" not in line["args"]
+
+
+def test_found_out_before_the_autoencoder_is_trained(tmp_path):
+    """A budget below a step; a folder that cannot be written."""
+    result = start("--train", *TINY, "--budget", 1e6, "--out", tmp_path)
+    one_line(result, "--budget 1e+06", "one step")
+    assert "autoencoder" not in result.err and not list(tmp_path.rglob("*.pt"))
+    (tmp_path / "file").write_text("")
+    result = start("--train", *TINY, "--iters", 1, "--out", tmp_path / "file")
+    assert result.code == 1 and "train autoencoder" not in result.err
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(guidance="abc"), "guidance"), (dict(guidance=None), "guidance"), (dict(guidance=math.nan), "guidance"),
+    (dict(shift=1e-17), "shift"), (dict(shift=math.nan), "shift")])
+def test_bad_plans(changes, words):
+    plan = c.make_plan([4, 8], space="latent")
+    plan.update({k: v for k, v in changes.items() if k == "guidance"})
+    plan["stages"][0].update({k: v for k, v in changes.items() if k == "shift"})
+    with pytest.raises(ValueError, match=words):
+        c.check_plan(plan)
+    with pytest.raises(ValueError, match="guidance"):
+        c.check_plan(dict(c.make_plan([16, 32]), guidance=2.0))
+
+
+def test_guidance_needs_labels(tmp_path):
+    options = [v for v in TINY if v != "--cond"]
+    assert start("--train", *options, "--iters", 1, "--arch", "dit", "--out", tmp_path).code == 0
+    one_line(start("--sample", "--guidance", 3, "--out", tmp_path), "--guidance", "--cond")
+
+
+def test_a_pixel_checkpoint_from_before(tmp_path):
+    """Its arguments have no space: it is a pixel model."""
+    options = "--preset tiny --precision fp32 --batch 8 --save-every 3 --iters 1 --out".split() + [tmp_path]
+    assert start("--train", *options).code == 0
+    saved = load(only(tmp_path))
+    del saved["args"]["space"]
+    torch.save(saved, only(tmp_path))
+    assert start("--sample", "--n", 2, "--steps", 2, 2, 2, "--truncate", 1, 1, "--out", tmp_path).code == 0
 
 
 def test_truncation_sweep(trained, tmp_path):

@@ -37,7 +37,7 @@ D5  Eq. 22 minimises the sum of S, a similarity: its sign is wrong. The official
     of S, which on fashion10k cuts off single levels. Ours minimises the sum of 1 - S, exactly, by
     dynamic programming: with --unit-range n = 2 gives the paper's .476. --cluster prints all readings.
 D6  Gradient clustering: one checkpoint of a unified network and 128 images; the paper averages checkpoints.
-D7  Time and SNR clustering: Go et al.'s, on 1000 levels, stages of 1/2n to 1/2 of them (the official bounds).
+D7  Time and SNR clustering: Go et al.'s, on 1000 levels, stages of 1/2n to 3/2n of them (n = 3: the official bounds).
 D8  A batch is of one stage, VP: each with probability 1 / n, whatever its length, as the official training
     (--stage-probability). Adam and its momentum leave the decoders of the other stages alone.
 D9  EDM's stage has the probability of its sigmas (.961, .035, .004 at the paper's edges), and the sigmas
@@ -52,14 +52,19 @@ D13 Preset small is c2f_trd.py's network, its decoders 1.5, 1 and 1/3 as wide as
     1/8). For other numbers of stages Eq. 23, on widths: the paper's own Table 7 does not follow Eq. 23.
 D14 Constant learning rate, as the paper: points of one curve compare (--decay lets it fall at the end).
 D15 Preset paper-ldm has attention in the first decoder only, as the official class by an oversight (a variable
-    is not reset); Table 6 is of this network. Ours runs in pixels, its first stage is not here.
-D16 --space latent: the autoencoder is small and trained here, on the same images, the clustering is of its latents
-    with the same thresholds (the paper takes its pixel edges over). paper-ldm's own autoencoder is not here.
+    is not reset); Table 6 is of this network. One attention head here (official: 32 channels each).
+D16 --space latent: the autoencoder is small and trained here, on all images (D10's too); the clustering is of its
+    latents with the same thresholds. The paper takes its pixel edges over, as indices 442, 631 of LDM's sqrt-linear
+    schedule, which are not of the same SNR; here the schedule is DPM-Solver's. LDM's code trains each stage on a GPU.
+D17 DPM-Solver++ 2M takes its last step at first order: evenly spaced in t, it is so long that the multistep
+    extrapolation makes N(0, 1) data 1.15 times too wide (official: multistep to the end, t_end 1e-3, 1.10).
+D18 EDM here has the VP preset's learning rate, EMA, dropout, flips and gradient clipping, not EDM's own.
 Not here: the paper's Fig. 2; EDM's own network.
 """
 import argparse
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -317,7 +322,8 @@ def by_stage(stage, n, run):
         return run(stage, slice(None))
     rows = [(s, (stage == s).nonzero()[:, 0]) for s in stage.unique().tolist()]
     if not 0 <= rows[0][0] <= rows[-1][0] < n:
-        raise ValueError(f"there is no decoder for stage {rows[-1][0]}: the network has {n}")
+        bad = rows[0][0] if rows[0][0] < 0 else rows[-1][0]
+        raise ValueError(f"there is no decoder for stage {bad}: the network has {n}")
     parts = torch.cat([run(s, r) for s, r in rows])
     return parts[torch.cat([r for _, r in rows]).argsort()]
 
@@ -483,17 +489,29 @@ def to_image(x, autoencoder):
 # differs: of the folder --out, for the clustering and all networks trained there
 def get_autoencoder(args, device, rank, world):
     """That of the file --autoencoder, else of OUT/autoencoder.pt, else a new one, trained on --data and written
-    there, with a picture: a row of images, a row of what comes back."""
-    x, path = load_images(args.data or "fashion10k", args.res * args.factor)[0], Path(args.out) / "autoencoder.pt"
-    shape, R = [x.shape[1], args.latent, args.factor], args.res * args.factor
+    there, with a picture: a row of images, a row of what comes back. Prints which."""
+    args.data = args.data or "fashion10k"
+    R, path = args.res * args.factor, Path(args.out) / "autoencoder.pt"
+    x = load_images(args.data, R)[0]
+    shape, made = [x.shape[1], args.latent, args.factor], dict(data=args.data, ae_iters=args.ae_iters)
     if x.shape[-1] != R:
         raise ValueError(f"--data {args.data} has images of {x.shape[-1]}x{x.shape[-1]}, the latents need {R}x{R}")
-    if args.autoencoder or path.is_file():
+    if len(x) < 2:
+        raise ValueError(f"--data {args.data} has {len(x)} image: nothing to cluster or to learn from")
+    there = [path.is_file()]
+    if world > 1:
+        dist.broadcast_object_list(there)
+    if args.autoencoder or there[0]:
         path = args.autoencoder or path
-        autoencoder = load_autoencoder(load_checkpoint(path), path).to(device)
+        saved = load_checkpoint(path)
+        autoencoder = load_autoencoder(saved, path).to(device)
         found = [autoencoder.channels, autoencoder.latent, autoencoder.factor]
         if found != shape:
             raise ValueError(f"{path}: its autoencoder has channels, latent channels, factor {found}, wanted {shape}")
+        if not args.autoencoder and saved.get("made") != made:
+            raise ValueError(f"{path} was made with {saved.get('made')}, not {made}: choose another --out, or name it "
+                             "by --autoencoder to use it all the same")
+        print(f"autoencoder: {path}")
         return autoencoder
     torch.manual_seed(args.seed)
     autoencoder = Autoencoder(*shape).to(device)
@@ -506,17 +524,25 @@ def get_autoencoder(args, device, rank, world):
     if rank == 0:
         back = to_image(autoencoder.encode(to_float(x[:16].to(device))), autoencoder)
         save_grid(path.with_suffix(".png"), torch.cat([x[:16], back]), len(back))
-        save_checkpoint(path, autoencoder=autoencoder.state_dict(), autoencoder_shape=shape)
+        save_checkpoint(path, autoencoder=autoencoder.state_dict(), autoencoder_shape=shape, made=made)
     return autoencoder
 
 
 def model_data(args, device):
-    """What is modelled, float (n, C, R, R) on the CPU: the images of --data in [-1, 1], or their latents."""
-    name, R = args.data or "fashion10k", args.res * (args.factor if args.space == "latent" else 1)
-    x = load_images(name, R)[0]
+    """What is modelled, on the CPU: the images of --data, uint8 (n, C, R, R), or their latents, float."""
+    name = args.data or "fashion10k"
+    x = load_images(name, args.res * (args.factor if args.space == "latent" else 1))[0]
     if len(x) < 2:
         raise ValueError(f"--data {name} has {len(x)} image: nothing to cluster or to learn from")
     return x if args.autoencoder is None else encode_all(args.autoencoder, x, device)
+
+
+def digest(autoencoder):
+    """A short name of an autoencoder's weights, by which a plan knows whose latents it is of; None for pixels."""
+    if autoencoder is None:
+        return None
+    flat = torch.cat([v.detach().flatten().cpu() for v in autoencoder.state_dict().values()])
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -552,8 +578,10 @@ def check_edges(edges, name="--edges"):
 
 def stage_of(t, edges):
     """METHOD: Sec. 3.1: the stage of a noise level: 0 for [0, t1), 1 for [t1, t2), ... t: a float gives an
-    int; a tensor (B,) gives int64 (B,), each sample its own."""
+    int; a float tensor (B,) gives int64 (B,), each sample its own. Raises ValueError for a tensor of integers."""
     if isinstance(t, torch.Tensor):
+        if not t.is_floating_point():
+            raise ValueError("stage_of takes t in [0, 1] as a float, not the number of a step")
         return torch.bucketize(t, torch.tensor(edges, dtype=t.dtype, device=t.device), right=True)
     return bisect_right(edges, t)
 
@@ -728,13 +756,15 @@ def cluster_timesteps(method, n, data=None, samples=10_000, affinity=None):
         report.update(samples=max(1, samples // 20), readings=readings, nodes=nodes.tolist(),
                       map=[[round(v, 4) for v in row] for row in maps["eps"].tolist()])
         edges = readings["least sum of 1 - S, eps"]
+    elif method not in ("time", "snr") and (method != "gradient" or affinity is None):
+        raise ValueError(f"no clustering '{method}', or no affinity for it")
     else:
         t = torch.arange(1, 1001).double() / 1000 if affinity is None else \
             torch.arange(1, len(affinity) + 1).double() / len(affinity)
         level = t if method == "time" else 2 * sigma_of(t).log()
         affinity = -(level[:, None] - level).abs() if affinity is None else affinity
         cost, G = centre_affinity_cost(affinity), len(t)
-        edges = [float(t[c]) for c in best_partition(cost, n, G // (2 * n), -(-G // 2) if n > 1 else G)]
+        edges = [float(t[c]) for c in best_partition(cost, n, G // (2 * n), -(-3 * G // (2 * n)))]
     edges = [round(e, 4) for e in edges]
     if len(check_edges(edges, f"clustering '{method}'")) != n - 1:
         raise ValueError(f"clustering '{method}' found {len(edges) + 1} stages, not {n}")
@@ -866,16 +896,18 @@ def dpm_solver_sample(eps_model, xt, nfe=20, order=3, t_end=T_END):
 
 
 # differs: continuous time
-def dpm_solver_pp_sample(x0_model, xt, steps=20, t_end=T_END):
-    """DPM-Solver++ 2M: `steps` steps even in t from 1 to t_end, an evaluation each, the solver of the paper's latent
-    models. x0_model(xt, t) -> x0_hat, t a float; xt (B, C, H, W): N(0, 1) at t = 1. The result is at t_end."""
+def dpm_solver_pp_sample(eps_model, xt, steps=20, t_end=T_END):
+    """DPM-Solver++ 2M, the solver of the paper's latent models: `steps` steps even in t from 1 to t_end, an evaluation
+    each, the last of first order (D17). eps_model(xt, t) -> eps_hat, t a float; xt (B, C, H, W): N(0, 1) at t = 1. The
+    result is at t_end."""
     ts = [1 + (t_end - 1) * k / steps for k in range(steps + 1)]
-    x, before = xt / scale_of(float(sigma_of(1.0))), None
+    x, before = xt / scale_of(float(sigma_of(1.0))), None                      # in x = xt / s_t
     for t, t_next in itertools.pairwise(ts):
         sigma, sigma_next = float(sigma_of(t)), float(sigma_of(t_next))
-        x0_hat, h = x0_model(x * scale_of(sigma), t), math.log(sigma / sigma_next)
-        D = x0_hat if before is None else x0_hat + (x0_hat - before[0]) * h / (2 * before[1])
-        x, before = sigma_next / sigma * x - math.expm1(-h) * D, (x0_hat, h)
+        h = math.log(sigma / sigma_next)
+        x0_hat = x - sigma * eps_model(x * scale_of(sigma), t)
+        x0_mid = x0_hat if before is None or t_next == ts[-1] else x0_hat + (x0_hat - before[0]) * h / (2 * before[1])
+        x, before = sigma_next / sigma * x - math.expm1(-h) * x0_mid, (x0_hat, h)
     return x * scale_of(float(sigma_of(t_end)))
 
 
@@ -914,12 +946,18 @@ def search(args, device):
     """METHOD: Sec. 3.2, Table 4: clusters the noise levels of --data, writes plan.json and pictures."""
     begun, affinity, data = time.time(), None, None
     name = args.data or "fashion10k"
+    if args.clustering == "gradient":                                  # of the checkpoint's own latents
+        find_checkpoint(args)
+        saved = load_checkpoint(args.checkpoint)
+        if "ema" not in saved or saved["args"]["space"] != args.space:
+            raise ValueError(f"{args.checkpoint} is not of a network in {args.space} space")
+        args.autoencoder = load_autoencoder(saved, args.checkpoint).to(device) if args.space == "latent" else None
     if args.clustering not in ("time", "snr"):
         data = model_data(args, device).to(device)
         data = to_float(data) if args.space == "pixel" else data
     if args.clustering == "gradient":
-        find_checkpoint(args)
-        saved = load_checkpoint(args.checkpoint)
+        if data.shape[1] != saved["channels"]:
+            raise ValueError(f"--data {name} has {data.shape[1]} channels, the checkpoint {saved['channels']}")
         net = build_net(saved["args"], saved["channels"])
         net.load_state_dict(saved["net"] if "net" in saved else saved["ema"])
         affinity = gradient_affinity(net.to(device).eval(), saved["args"], data)
@@ -928,6 +966,7 @@ def search(args, device):
     edges, plan = cluster_timesteps(args.clustering, args.stages, data, args.samples, affinity)
     seconds = round(time.time() - begun, 2)
     plan = dict(plan, data=name, images=None if data is None else len(data), unit_range=args.unit_range,
+                wanted_samples=args.samples, autoencoder=digest(args.autoencoder),
                 sigmas=[round(float(sigma_of(e)), 4) for e in edges], seconds=seconds)
     path = plan_path(args)
     save_json(path, plan)
@@ -949,23 +988,25 @@ def search(args, device):
 
 
 def find_edges(args):
-    """The edges for training: --edges, --plan FILE, what --search left under --out for the same data, or
-    None if there is nothing yet. Notes in args.clustering where they come from."""
-    if args.arch == "unified" or args.edges is not None:
-        args.clustering = "none" if args.arch == "unified" else "by hand"
-        return [] if args.arch == "unified" else check_edges(args.edges)
+    """(edges, where they come from) for training: --edges, --plan FILE, or what --search left under --out for the same
+    images, settings and autoencoder; None if there is nothing yet."""
+    if args.arch == "unified":                                         # whatever --edges say: one stage
+        return [], "none"
+    if args.edges is not None:
+        return check_edges(args.edges), "by hand"
     path = Path(args.plan) if args.plan else plan_path(args)
     if not args.plan and not path.is_file():
         return None
     try:
         plan = json.loads(path.read_text())
-        edges, data = plan["edges"], plan.get("data")
+        edges = plan["edges"]
+        known = [plan.get(k) for k in ("data", "wanted_samples", "autoencoder")]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is no plan (not JSON, or without edges)") from None
-    if not args.plan and data != (args.data or "fashion10k"):
-        return None                                                    # of other images
-    args.clustering = plan.get("clustering", "by hand")
-    return check_edges(edges, path)
+    if not args.plan and known != [args.data or "fashion10k", args.samples, digest(args.autoencoder)]:
+        return None                                                    # of other images or settings
+    print(f"edges: {path}")
+    return check_edges(edges, path), plan.get("clustering", "by hand")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -983,12 +1024,11 @@ def run_sampler(net, config, z, solver, steps, t_end=T_END, trace=lambda t, stag
         sigmas = edm_sigmas(steps)
         return heun_sample(lambda x, sigma: edm_x0(net, x, sigma, stage_at(float(t_of(sigma)))),
                            z * sigmas[0], sigmas)
+    def eps_model(xt, t):
+        return vp_eps(net, xt, t, stage_at(t))
     if solver == "dpm2m":
-        def x0_model(xt, t):
-            scale = scale_of(float(sigma_of(t)))
-            return (xt - (1 - scale ** 2) ** 0.5 * vp_eps(net, xt, t, stage_at(t))) / scale
-        return dpm_solver_pp_sample(x0_model, z, steps, t_end)
-    return dpm_solver_sample(lambda xt, t: vp_eps(net, xt, t, stage_at(t)), z, steps, SOLVERS[solver], t_end)
+        return dpm_solver_pp_sample(eps_model, z, steps, t_end)
+    return dpm_solver_sample(eps_model, z, steps, SOLVERS[solver], t_end)
 
 
 # differs: one plan per solver and number of steps
@@ -1140,7 +1180,7 @@ def train(args, device, rank, world):
         if world > 1:
             dist.broadcast_object_list(name)                           # the clocks may differ
         run = Path(args.out) / name[0]
-        args.edges = find_edges(args)
+        args.edges, args.clustering = find_edges(args)
         args.widths = decoder_widths(args)
     args.data, latent = args.data or "fashion10k", args.space == "latent"
     if latent and args.resume:
@@ -1150,7 +1190,7 @@ def train(args, device, rank, world):
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
     probability = args.stage_probability or stage_probabilities(args.edges, args.diffusion)
-    if len(probability) != n or min(probability) < 0 or abs(sum(probability) - 1) > 1e-6:
+    if len(probability) != n or not (min(probability) >= 0 and abs(sum(probability) - 1) <= 1e-6):
         raise ValueError(f"--stage-probability: {n} shares that add up to 1 are needed, not {probability}")
     config = {k: getattr(args, k) for k in (*PRESETS, "data", "preset", "arch", "diffusion", "edges", "seed",
                                             "early_stopping", "stage_probability", "budget", "clustering", "space")}
@@ -1159,6 +1199,10 @@ def train(args, device, rank, world):
     if args.budget and not args.resume:                                # METHOD: equal training MACs for all arms
         a_step = sum(p * step for p, (_, step) in zip(probability, macs)) * args.batch
         args.iters = config["iters"] = max(1, round(args.budget / a_step))
+    if args.fd_every:                                                  # found out now, not at the first FD
+        width = load_extractor(args.data, device, args.inception)[0].width
+        if args.fd_n <= width:
+            raise ValueError(f"--fd-n {args.fd_n} is too small for FD with {width} features")
     held_out, mine = None, slice(rank, None, world)
     if args.early_stopping:                                            # the last images are not trained on (D10)
         x, held_out = x.tensor_split([-max(1, min(1000, len(x) // 10))])
@@ -1218,27 +1262,29 @@ def train(args, device, rank, world):
             fail("weights are")
         if best is not None:
             keep_best()
-        result = measure_while_training() if args.fd_every and step % args.fd_every == 0 else {}
-        if rank > 0:
-            return
+        rate = round(sum(count) * args.batch / (time.time() - begun), 1)
         common = dict(step=step, channels=channels, args=config, images_seen=step * args.batch,
                       forward_macs=spent[0], training_macs=spent[1])
         if latent:
             common.update(autoencoder=args.autoencoder.state_dict(), autoencoder_shape=[
                 args.autoencoder.channels, args.autoencoder.latent, args.autoencoder.factor])
         state = ema.state_dict()
-        if step == args.iters:                                         # what is shipped
+        if rank == 0 and step == args.iters:                           # what is shipped
             half = {k: v.half() for k, v in (state if best is None else best.state_dict()).items()}
             save_checkpoint(run / "weights.pt", **common, ema=half)
-        save_checkpoint(run / "checkpoint.pt", **common, ema=state, net=net.state_dict(),
-                        optimizer=optimizer.state_dict(), best=best and best.state_dict(), best_loss=best_loss)
+        if rank == 0:
+            save_checkpoint(run / "checkpoint.pt", **common, ema=state, net=net.state_dict(),
+                            optimizer=optimizer.state_dict(), best=best and best.state_dict(), best_loss=best_loss)
+        result = measure_while_training() if args.fd_every and step % args.fd_every == 0 else {}
+        if rank > 0:
+            return
         grid = argparse.Namespace(config=config, channels=channels, precision=args.precision,
                                   autoencoder=args.autoencoder)
         plan = make_plan(config, default_solver(config), 6 if args.diffusion == "edm" else 10)
         save_grid(run / "samples.png", sample(grid, best or ema, plan, range(32), device))
         each = [round(float(v) / c, 5) if c else None for v, c in zip(loss_sum, count)]
         line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5), stages=each,
-                    training_macs=spent[1], images_per_s=round(sum(count) * args.batch / (time.time() - begun), 1),
+                    training_macs=spent[1], images_per_s=rate,
                     **result, **({"held_out": [round(v, 6) for v in best_loss]} if best else {}))
         with open(run / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
@@ -1251,10 +1297,9 @@ def train(args, device, rank, world):
         now.seen = dict(images_seen=step * args.batch, step=step, training_macs=spent[1], forward_macs=spent[0])
         return dict(fd=evaluate(now, best or ema, device, rank, world))
 
-    todo = range(step + 1, args.iters + 1)
+    todo, shares = range(step + 1, args.iters + 1), list(itertools.accumulate(probability))
     for step in progress(todo, f"train {method_name(config)}", args.batch, note=lambda: f"loss {mean_loss():.4f}"):
         torch.manual_seed(args.seed * 10_000_019 + step)
-        shares = list(itertools.accumulate(probability))               # METHOD: the stage of this batch
         stage = min(bisect_right(shares, float(torch.rand(()))), max(s for s in range(n) if probability[s]))
         i, u = torch.randint(0, len(x), (args.batch,)), torch.rand(args.batch, dtype=torch.float64)
         level = stage_levels(u, stage, args.edges, args.diffusion)[mine].to(device)
@@ -1338,6 +1383,10 @@ def append_result(args, device, plan, experiment, **measured):
     per_evaluation = macs / sum(plan["nfe"])
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_net(config, args.channels).parameters())
+    if args.autoencoder is not None:
+        with torch.device("meta"):
+            measured["decoder_macs"] = count_macs(copy.deepcopy(args.autoencoder).to("meta").decode, torch.zeros(
+                1, args.channels, config["res"], config["res"]))
     write_line(args, dict(
         experiment=experiment, method=method_name(config), solver=plan["solver"], data=args.data,
         preset=config["preset"], space=config["space"], clustering=config["clustering"], edges=config["edges"],
@@ -1573,9 +1622,10 @@ def get_args(argv=None):
                    "checkpoint of a unified network")
     m.add_argument("--stages", type=int, default=3, help="number of stages")
     m.add_argument("--edges", type=float, nargs="+", help="of the stages, instead of a clustering's")
-    m.add_argument("--plan", help="a plan.json with the edges, instead of the newest of the same clustering")
+    m.add_argument("--plan", help="a plan.json with the edges, instead of OUT/plan_CLUSTERING_STAGES.json")
     m.add_argument("--samples", type=int, help="K of Algorithms 1 and 2 (its 21 levels count as 20)")
     m.add_argument("--unit-range", action="store_true", help="cluster images in [0, 1], as the official code (D3)")
+    m.add_argument("--ch", type=int, help="width of the encoder")
     m.add_argument("--widths", dest="own_widths", type=int, nargs="+", help="base width of each decoder (TP), "
                    "next to the data first; default: the preset's, or Eq. 23 of them")
     m.add_argument("--early-stopping", action="store_true", help="ES, with --arch separate (D10)")
@@ -1585,7 +1635,8 @@ def get_args(argv=None):
     preset = {key: values[PRESET_NAMES.index(args.preset)] for key, values in PRESETS.items()}
     if args.space == "latent":
         if args.preset not in LATENT_PRESETS or args.diffusion == "edm" or args.unit_range:
-            raise ValueError(f"--space latent goes with --diffusion vp and --preset {', '.join(LATENT_PRESETS)}")
+            raise ValueError("--space latent goes with --diffusion vp, without --unit-range, and with --preset "
+                             f"{', '.join(LATENT_PRESETS)}")
         preset.update(LATENT_PRESETS[args.preset])
     elif args.autoencoder:
         raise ValueError("--autoencoder goes with --space latent")
@@ -1597,16 +1648,16 @@ def get_args(argv=None):
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
     if args.edges is not None:
         args.stages = len(check_edges(args.edges)) + 1
-    if args.own_widths and min(args.own_widths) < 4:
-        raise ValueError(f"--widths {args.own_widths}: a decoder needs a width of at least 4")
+    if min([args.ch, *(args.own_widths or [])]) < 4:
+        raise ValueError(f"--ch {args.ch}, --widths {args.own_widths}: widths must be at least 4")
     if not T_FIRST / 100 <= args.t_end < 1:
         raise ValueError(f"--t-end {args.t_end} is not in [{T_FIRST / 100:g}, 1)")
     if args.early_stopping and args.arch != "separate":
         raise ValueError("--early-stopping needs --arch separate: stages that share an encoder cannot stop apart")
     if args.fd_every and args.fd_every % args.save_every:
         raise ValueError(f"--fd-every {args.fd_every} is no multiple of --save-every {args.save_every}")
-    if args.budget is not None and args.budget <= 0:
-        raise ValueError(f"--budget {args.budget} must be positive")
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        raise ValueError(f"--budget {args.budget} must be a positive number of MACs")
     if not any((args.train, args.search, args.sample, args.evaluate, args.ledger)):
         p.error("nothing to do: give --search, --train, --sample, --evaluate or --ledger")
     return args
@@ -1628,10 +1679,11 @@ def main():
     device, rank, world = start_device(args.device)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                             # one process speaks
-    if args.train and not args.resume and not args.search and find_edges(args) is None:
-        args.search = True                                             # no edges yet
-    if args.space == "latent" and (args.search or args.train) and not args.resume:
+    data_based = args.search and args.clustering not in ("time", "snr")
+    if args.space == "latent" and (data_based or args.train) and not args.resume:
         args.autoencoder = get_autoencoder(args, device, rank, world)
+    if args.train and not args.resume and find_edges(args) is None:
+        args.search = True                                             # no edges yet
     if args.search and rank == 0:
         search(args, device)
     if world > 1:

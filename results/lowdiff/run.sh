@@ -1,74 +1,98 @@
 #!/bin/sh
-# The measurements of results/lowdiff, on two CPU cores: the parts `a` and `b` side by side, one core each.
-#   sh results/lowdiff/run.sh train-a & sh results/lowdiff/run.sh train-b & wait        # 5.5 hours
-#   sh results/lowdiff/run.sh measure                                                   # 2.5 hours on one core
-#   sh results/lowdiff/run.sh choices                                                   # 4 hours on one core
-#   sh results/lowdiff/run.sh emoji                                                     # 8 hours on one core
-# Every run of a data set trains for the same MACs (EDM's 5,000 steps of 128 images). The hours follow from measured
-# rates of one core: at 32x32, 135 images/s in training for EDM, 110 for LowDiff, 13 and 17 in sampling; at 64x64, 54
-# and 30, 2.1 and 3.1. With a GPU: DATA=fashion or DATA=cifar10, and TRAIN="--budget 5e14" for a longer run.
+# The measurements of results/lowdiff, on two CPU cores, one for each part that runs beside another.
+#   sh results/lowdiff/run.sh train-a & sh results/lowdiff/run.sh train-b & wait        # 85 minutes
+#   sh results/lowdiff/run.sh measure                                                   # 100 minutes on one core
+#   sh results/lowdiff/run.sh latent                                                    # an hour on one core
+#   python results/lowdiff/speed.py                                                     # alone on the machine
+# Not run for the README (no time): rest 2, choices 4, emoji 8 hours on one core.
+# Every run of a data set trains for the same MACs: 9.4e12 forward, 2,019 steps of EDM, a 0.4th of the default. With
+# a GPU: DATA=fashion or DATA=cifar10, and BUDGET=5e14 for a longer run.
 set -e
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 data=${DATA:-fashion10k}
 out=runs/lowdiff-$data
-newest() { ls -t "$out/$1"/*/checkpoint.pt | head -1; }
+budget=${BUDGET:-9.4e12}
 
-train() {                                      # 80 minutes a run: name, then options
+train() {                                      # 25 minutes a run: name, then options
   name=$1; shift
-  python lowdiff.py --train --data "$data" --out "$out/$name" $TRAIN "$@"
+  python lowdiff.py --train --data "$data" --out "$out/$name" --budget "$budget" "$@"
+  cp "$(ls -t "$out/$name"/*/weights.pt | head -1)" "weights/lowdiff/$name.pt"
+  cp "$(ls -t "$out/$name"/*/log.jsonl | head -1)" "weights/lowdiff/$name.jsonl"
+}
+
+evaluate() {                                   # name, then options
+  name=$1; shift
+  python lowdiff.py --evaluate --checkpoint "weights/lowdiff/$name.pt" "$@"
 }
 
 case "$1" in
-train-a)                                       # without labels
-  train edm --arch edm
-  train three
-  train two --stages 16 32
-  train cdm --arch cdm --stages 16 32
-  ;;
-train-b)                                       # with labels
-  train edm-cond --cond --arch edm
-  train three-cond --cond
+train-a)                                       # with labels
+  train weights --cond                        # three stages: the default of --sample
   train two-cond --cond --stages 16 32
   train cdm-cond --cond --arch cdm --stages 16 32
   ;;
+train-b)                                       # EDM; three stages without labels
+  train edm-cond --cond --arch edm
+  train edm --arch edm
+  train three
+  ;;
 measure)
-  # Tables 2, 5, 6, 8: 2.5 minutes a seed, three seeds of eight networks, and the images/s of each beside EDM's
-  for name in edm three two cdm edm-cond three-cond two-cond cdm-cond; do
-    python lowdiff.py --evaluate --checkpoint "$(newest $name)" --seeds 3 --experiment "tables 2 5 6 8"
+  # Tables 2, 5, 6, 8
+  for name in edm-cond weights two-cond cdm-cond edm three; do
+    evaluate $name --seeds 3 --experiment "tables 2 5 6 8"
   done
-  # EDM with as few evaluations as LowDiff has at full resolution, and as its effective NFE
-  for steps in 9 11; do
-    python lowdiff.py --evaluate --checkpoint "$(newest edm)" --steps $steps --seeds 3 --experiment "edm, fewer steps"
+  # Tables 10, 11, 12 and the figure of FD against the truncation point: on images of their own (seed 7)
+  for name in two-cond weights; do
+    python lowdiff.py --search --sweep truncation --n 1000 --seed 7 --plans runs/plans-$name \
+      --checkpoint weights/lowdiff/$name.pt
   done
-  # Tables 10, 11 (captioned 12) and 12, the figure of FD against the truncation point: 2 minutes a plan
-  for name in two three; do
-    python lowdiff.py --search --sweep truncation steps range --checkpoint "$(newest $name)"
+  python lowdiff.py --search --sweep steps range --n 1000 --seed 7 --plans runs/plans-two-cond \
+    --checkpoint weights/lowdiff/two-cond.pt
+  # Truncated later, as the sweep says; EDM with about LowDiff's effective NFE
+  evaluate weights --truncate 25 17 --seeds 3 --experiment "later truncation"
+  for steps in 9 12; do
+    evaluate edm-cond --steps $steps --experiment "edm, fewer steps"
   done
   # What comes out of each stage, from the same seeds, beside EDM
-  python lowdiff.py --sample --show-stages --n 12 --checkpoint "$(newest three-cond)" "$(newest edm-cond)" \
-    --out runs/lowdiff-grid
+  python lowdiff.py --sample --show-stages --n 16 --out runs/lowdiff-grid --checkpoint weights/lowdiff/weights.pt \
+    weights/lowdiff/edm-cond.pt
   cp runs/lowdiff-grid/samples.png results/lowdiff/stages.png
   ;;
-choices)                                       # D3 - D5, with two stages: 75 minutes of training each
-  train told --stages 16 32 --told
-  train scale --stages 16 32 --cond-scale input
-  train bilinear --stages 16 32 --up bilinear
+latent)                                        # Table 4: the same autoencoder for both
+  budget=3e12
+  train dit --space latent --cond --arch dit
+  train latent --space latent --cond --autoencoder weights/lowdiff/dit.pt
+  evaluate dit --steps 100 --n 1000 --experiment "table 4"
+  evaluate dit --steps 50 --n 1000 --experiment "table 4"
+  evaluate latent --n 1000 --experiment "table 4"
+  ;;
+rest)
+  train two --stages 16 32
+  train cdm --arch cdm --stages 16 32
+  for name in two cdm; do
+    evaluate $name --seeds 3 --experiment "tables 2 5 6 8"
+  done
+  ;;
+choices)                                       # D3 - D5, with two stages
+  train told --cond --stages 16 32 --told
+  train scale --cond --stages 16 32 --cond-scale input
+  train bilinear --cond --stages 16 32 --up bilinear
   for name in told scale bilinear; do
-    python lowdiff.py --evaluate --checkpoint "$(newest $name)" --experiment choices
+    evaluate $name --experiment choices
   done
   ;;
 emoji)                                         # Tables 3, 7, 9: 64x64; 100 minutes of training each
-  data=emoji out=runs/lowdiff-emoji
-  train edm --preset small-64 --arch edm
-  train four --preset small-64
-  train two --preset small-64 --stages 32 64
-  train cdm --preset small-64 --arch cdm --stages 32 64
-  for name in edm four two cdm; do
-    python lowdiff.py --evaluate --checkpoint "$(newest $name)" --experiment "tables 3 7 9"
+  data=emoji budget=2.6e13
+  train emoji-edm --preset small-64 --arch edm
+  train emoji-four --preset small-64
+  train emoji-two --preset small-64 --stages 32 64
+  train emoji-cdm --preset small-64 --arch cdm --stages 32 64
+  for name in emoji-edm emoji-four emoji-two emoji-cdm; do
+    evaluate $name --experiment "tables 3 7 9"
   done
   ;;
 *)
-  echo "usage: sh results/lowdiff/run.sh train-a | train-b | measure | choices | emoji"; exit 1
+  echo "usage: sh results/lowdiff/run.sh train-a | train-b | measure | latent | rest | choices | emoji"; exit 1
   ;;
 esac

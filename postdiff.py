@@ -14,14 +14,14 @@ Run (README.md has more):
     python postdiff.py --pipeline PATH_OR_ID --prompt "a fox"           # a diffusers pipeline, PostDiff applied
     python postdiff.py --ledger                              # Tables 1 and 2, FLOPs, at the real sizes
     python postdiff.py --train                               # the text-to-image model itself, from scratch
+    python postdiff.py --train --distill --checkpoint weights/postdiff/weights.pt         # an LCM of it
 
 Expect (small preset, emoji at 32x32, counted by --ledger's counter): 1.67 million parameters, 60 MMACs a pass; of
     the MACs of 20 guided steps, mixed resolution takes 62.7 %, DeepCache 61.6 %, all of PostDiff 33.5 %, and 8
     plain steps 40 %. What that does to FD and caption score: README.md.
 
 Symbols: T (denoising steps) -> K, their sequence -> taus; x^l, x^f -> low and full resolution; beta, s, k, m, w as in
-the paper (s, m: shares of the steps; n_low, n_guided: their numbers); CA_cache -> frozen; null text -> null;
-F, C, a (ledger): MACs of a full pass, a shallow pass, all cross-attentions.
+the paper (s, m: shares of the steps; n_low, n_guided: their numbers); CA_cache -> frozen; null text -> null.
 
 Differences from the paper, and what it leaves open:
 D1  "Step t = sT" counts from the start: the first n_low = round(s K) steps are low (half up; the FLOPs cells say so).
@@ -36,7 +36,7 @@ D6  A change of size or batch (switch, end of guidance) forces a full pass and r
 D7  What is cached of a cross-attention is its output after the output projection, as last computed (on a
     shallow step deep layers are not). It is reused in all steps from n_guided on; if it was made at low
     resolution, it is resized once, bilinear.
-D8  Without guidance in training (LCM's kind) there is no pair to choose from: the single output is frozen.
+D8  An LCM is told w and has no pair [null, text] to choose from: its single output is frozen.
 D9  Nothing is clipped while sampling or in the loss; images are at the end.
 D10 Calibration: the highest mean caption score of --calibration images within --budget of the MACs of 20 guided
     steps; the cheaper one of equal scores.
@@ -47,9 +47,10 @@ D13 Preset small is no latent model: pixels, 32x32 by area averages, 2x2 a token
     their captions. Its FD is no FID and compares with itself only.
 D14 The text encoder is an embedding of words and positions; the null text is all padding. Captions are dropped with
     probability 0.1 in training. Unknown words are named and left out.
-D15 LCM in small (--train --distill): LCM's distillation with our networks' x0_hat as the consistency function (no
-    c_skip, c_out), w uniform around the preset's; the goal of the first step is the teacher's x0_hat. Its sampler
-    is LCM's: x0_hat, re-noised. A DiT in small (--arch dit): PixArt's blocks, as wide as the U-Net's bottom.
+D15 LCM in small (--train --distill): LCM's distillation with our network's x0_hat as the consistency function (no
+    c_skip, c_out), its errors times sqrt(alpha_bar); w uniform in 1 .. 2w - 1, captions not dropped; with fewer
+    than lcm_skip training steps left, the goal is the teacher's x0_hat. Its sampler: x0_hat, re-noised. A DiT in small
+    (--arch dit): PixArt's blocks, as wide as the U-Net's bottom.
 Not here: SDXL's kind in small (it is in --ledger and --pipeline); the methods that the paper compares with.
 """
 import argparse
@@ -84,7 +85,8 @@ REFERENCE_STEPS = 20           # what relative MACs compare with (Table 2)
 BETA, S, K_CACHE, M = 0.5, 0.5, 2, 0.75                        # Sec. 3.1, SD v1.5
 DEFAULTS = {"unet": dict(solver="ddim", steps=20, beta=BETA, s=S, k=K_CACHE, m=M),     # Table 2's settings for SD,
             "lcm": dict(solver="lcm", steps=8, beta=BETA, s=S, k=1, m=0.5),            # for LCM
-            "dit": dict(solver="dpm2", steps=20, beta=0.75, s=S, k=1, m=M)}            # and PixArt
+            "dit": dict(solver="dpm2", steps=20, beta=0.75, s=S, k=1, m=M),            # PixArt and SDXL (the
+            "sdxl": dict(solver="ddim", steps=20, beta=0.75, s=0.2, k=K_CACHE, m=M)}   # solvers are ours)
 METHODS = ("base", "mixed", "cache", "postdiff")               # base: the off switch
 CHOICES = ("cond", "ave", "uncond", "cfg", "none")             # Sec. 2.5; none: no cross-attention cache
 SOLVERS = {"ddim": 1, "dpm2": 2, "lcm": 0}                     # order; dpm: DPM-Solver++ multistep; lcm: of LCM nets
@@ -169,6 +171,14 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+def cross_output(attention, y, text, size, cross):
+    """What a cross-attention of the tokens y (B, H W, c) gives, as an image (B, c, H, W), size = (H, W).
+    METHOD: or what it gave before, `cross` (B, c, h, w), resized if that was at low resolution (D7)."""
+    if cross is None:
+        return attention(y, text).transpose(1, 2).unflatten(2, size)
+    return cross if cross.shape[-2:] == size else F.interpolate(cross, size=size, mode="bilinear", align_corners=False)
+
+
 class Transformer(nn.Module):
     """Stable Diffusion's: on the pixels as tokens, self-attention, cross-attention to the text, GEGLU.
 
@@ -188,10 +198,7 @@ class Transformer(nn.Module):
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2).contiguous()         # (B, H W, c)
         y = self.norm1(h)
         h = h + self.self_attention(y, y)
-        if cross is None:
-            cross = self.cross_attention(self.norm2(h), text).transpose(1, 2).unflatten(2, size)
-        elif cross.shape[-2:] != size:                 # METHOD: made at low resolution (D7)
-            cross = F.interpolate(cross, size=size, mode="bilinear", align_corners=False)
+        cross = cross_output(self.cross_attention, self.norm2(h), text, size, cross)
         h = h + cross.flatten(2).transpose(1, 2)
         a, gate = self.ff_in(self.norm3(h)).chunk(2, dim=-1)
         h = h + self.ff_out(a * F.gelu(gate))
@@ -329,10 +336,7 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.offset + six)[:, :, None].unbind(1)
         y = self.norm1(h) * (1 + scale1) + shift1
         h = h + gate1 * self.self_attention(y, y)
-        if cross is None:
-            cross = self.cross_attention(h, text).transpose(1, 2).unflatten(2, size)
-        elif cross.shape[-2:] != size:                 # METHOD: made at low resolution (D7)
-            cross = F.interpolate(cross, size=size, mode="bilinear", align_corners=False)
+        cross = cross_output(self.cross_attention, h, text, size, cross)
         h = h + cross.flatten(2).transpose(1, 2)
         y = self.norm2(h) * (1 + scale2) + shift2
         return h + gate2 * self.ff_out(F.gelu(self.ff_in(y), approximate="tanh")), cross
@@ -348,10 +352,11 @@ class DiT(nn.Module):
         self.ch, self.patch, self.multiple = ch, patch, patch
         self.guidance = nn.Linear(W_EMBEDDING, ch, bias=False) if guided else None
         self.emb = nn.Sequential(nn.Linear(ch, ch), nn.SiLU(), nn.Linear(ch, ch))
-        self.six, self.text = nn.Linear(ch, 6 * ch), TextEncoder(words, tokens, c_text) if words else nn.Identity()
+        self.modulation = nn.Linear(ch, 6 * ch)
+        self.text = TextEncoder(words, tokens, c_text) if words else nn.Identity()
         self.conv_in = nn.Conv2d(channels * patch ** 2, ch, 1)
         self.blocks = nn.ModuleList(DiTBlock(ch, c_text, heads) for _ in range(blocks))
-        self.norm_out, self.two = nn.LayerNorm(ch, elementwise_affine=False), nn.Parameter(torch.zeros(2, ch))
+        self.norm_out, self.shift_scale = nn.LayerNorm(ch, elementwise_affine=False), nn.Parameter(torch.zeros(2, ch))
         self.conv_out = nn.Conv2d(ch, channels * patch ** 2, 1)
 
     def forward(self, xt, t, text, deep=None, cross=None, depth=1, w=None):
@@ -361,7 +366,7 @@ class DiT(nn.Module):
         if self.guidance is not None:
             emb = emb + self.guidance(timestep_embedding(1000 * w, W_EMBEDDING))
         emb, text, used, cross = self.emb(emb), self.text(text), {}, cross or {}
-        six = self.six(F.silu(emb)).unflatten(1, (6, -1))
+        six = self.modulation(F.silu(emb)).unflatten(1, (6, -1))
         h = self.conv_in(F.pixel_unshuffle(xt, self.patch))
         size, quarter = h.shape[-2:], self.ch // 4
         frequency = 1e4 ** (-torch.arange(quarter, device=h.device) / quarter)
@@ -371,7 +376,7 @@ class DiT(nn.Module):
         h = h.flatten(2).transpose(1, 2) + place.flatten(0, 1)
         for i, block in enumerate(self.blocks):
             h, used[i] = block(h, text, six, size, cross.get(i))
-        shift, scale = (self.two + emb[:, None])[:, :, None].unbind(1)
+        shift, scale = (self.shift_scale + emb[:, None])[:, :, None].unbind(1)
         h = (self.norm_out(h) * (1 + scale) + shift).transpose(1, 2).unflatten(2, size)
         return F.pixel_shuffle(self.conv_out(h), self.patch), None, used
 
@@ -455,7 +460,8 @@ def consistency_loss(net, target, teacher, x0, t, t_next, eps, alpha_bar, text, 
         goal = predict_x0(x_next, s, target(x_next, s, text, w=w)[0].float(), alpha_bar)
         goal = torch.where((t_next < 0).view(of_image), x0_teacher, goal)
     x0_hat = predict_x0(xt, t, net(xt, t, text, w=w)[0].float(), alpha_bar)
-    return ((x0_hat - goal).square() + 1e-6).sqrt().mean()                     # pseudo-Huber, as LCM's
+    a = alpha_bar.to(x0.device)[t].view(of_image).float()      # so that errors of eps_hat count alike at all t (D15)
+    return (a.sqrt() * ((x0_hat - goal).square() + 1e-6).sqrt()).mean()        # pseudo-Huber, as LCM's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -524,6 +530,8 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
     if not (0 <= n_low < K and 0 <= n_guided <= K and k >= 1 and choice in CHOICES):
         raise ValueError(f"needs 0 <= n_low < {K}, 0 <= n_guided <= {K}, k >= 1, a choice of {CHOICES}; not "
                          f"{n_low}, {n_guided}, {k}, {choice}")
+    if n_low and low_noise is None or order == 0 and fresh is None:
+        raise ValueError("n_low > 0 needs low_noise, order 0 needs fresh")
     xt, history, cache, begin = low_noise if n_low else noise, [], EMPTY, 0
     for i, tau in enumerate(taus):
         t, t_next = (xt.new_full((len(xt),), s, dtype=torch.long) for s in (tau, [*taus, -1][i + 1]))
@@ -637,8 +645,8 @@ def make_plan(method, config, solver="ddim", steps=REFERENCE_STEPS, s=S, beta=BE
         raise ValueError(f"--beta {beta} of the resolution {config['res']} is not whole")
     plan = dict(method=method, solver=solver, taus=uniform_steps(T - 1, steps, spacing),
                 n_low=share_of(s, steps) if mixed else 0, low=low, k=k if cached else 1, depth=depth,
-                n_guided=share_of(m, steps) if cached else steps, choice=choice if cached and m < 1 else "none",
-                w=config["w"] if w is None else w)
+                n_guided=share_of(m, steps) if cached else steps, w=config["w"] if w is None else w)
+    plan["choice"] = choice if 0 < plan["n_guided"] < steps else "none"
     if mixed and s > 0 and plan["n_low"] in (0, steps):
         raise ValueError(f"--s {s} of {steps} steps is {plan['n_low']}: there must be low and full steps")
     return plan
@@ -661,13 +669,12 @@ def check_plan(plan, config, name="plan"):
     whole("low", 1, config["res"])
     whole("k", 1, T)
     whole("depth", 0, levels * (config["blocks"] + 1) - 1)                     # last of the stages
-    multiple = patch * 2 ** (levels - 1)
+    multiple = patch * (1 if config["arch"] == "dit" else 2 ** (levels - 1))
     if plan["low"] % multiple:
-        raise ValueError(f"{name}: the network halves its input: the low resolution {plan['low']} must be a "
-                         f"multiple of {multiple}")
+        raise ValueError(f"{name}: the low resolution {plan['low']} must be a multiple of {multiple} for this network")
     lcm = config["phase"] == "lcm"
     if (plan.get("solver") == "lcm") != lcm:
-        raise ValueError(f"{name}: --solver lcm goes with a distilled network (--train --distill), the others do not")
+        raise ValueError(f"{name}: an LCM (--train --distill) needs --solver lcm, another network {list(SOLVERS)[:2]}")
     if config["arch"] == "dit" and plan["k"] > 1:
         raise ValueError(f"{name}: k must be 1: a DiT has no deep features to cache")
     if any(plan.get(key) not in known for key, known in (("solver", list(SOLVERS)), ("method", METHODS),
@@ -705,8 +712,9 @@ def get_plans(args):
 def describe(plan):
     """A plan in one line."""
     K, choice = len(plan["taus"]), f", then cross-attention of {plan['choice']}" if plan["choice"] != "none" else ""
+    guided = f"told w {plan['w']}; fresh caches" if plan["solver"] == "lcm" else f"guidance {plan['w']}"
     return (f"{plan['method']} {plan['solver']}: {K} steps, {plan['n_low']} at {plan['low']}x{plan['low']}; full pass "
-            f"every {plan['k']}; guidance {plan['w']} in the first {plan['n_guided']}{choice}; steps {plan['taus']}")
+            f"every {plan['k']}; {guided} in the first {plan['n_guided']}{choice}; steps {plan['taus']}")
 
 
 def encode(captions, words, length):
@@ -792,7 +800,7 @@ def sample(args, net, plan, seeds, device, trace=None):
     """uint8 images (n, C, R, R), seed by seed, of this process's share of the seeds."""
     if not len(seeds):
         raise ValueError("--n is smaller than the number of processes")
-    alpha_bar, config, parts = linear_alpha_bar(T), args.config, []
+    alpha_bar, config, parts = linear_alpha_bar(T).to(device), args.config, []
     batches = torch.tensor(list(seeds)).split(125)
     for batch in progress(batches, f"sample {plan['method']} {plan['solver']}", len(batches[0])):
         text, _ = encode(captions_of(args, batch.tolist()), args.words, config["tokens"])
@@ -845,7 +853,7 @@ def search(args, net, device):
         return scores[-1]
 
     best, _ = calibrate(get_plans(args), cost, score, args.budget)
-    for n, scores in zip(sizes[:-1], zip(*found)):
+    for n, scores in zip(sizes[:-1], zip(*found)) if len(found) > 1 else ():
         alike = ranked_alike(scores, [s[-1] for s in found])
         print(f"the first {n} images rank {100 * alike:.0f} % of the pairs of settings as all {args.calibration} do")
     path = args.plans / "plan.json"
@@ -855,7 +863,10 @@ def search(args, net, device):
 
 def save_profile(args, net, unet, device):
     """Fig. 7's data: profile.json beside the results; results/postdiff/figures.py draws it."""
-    plan = make_plan("base", args.config, args.solver[0], args.steps[0], w=args.guidance, spacing=args.spacing)
+    if args.config["arch"] == "dit":
+        raise ValueError("--profile is of a U-Net's blocks: the checkpoint is a DiT")
+    plan = check_plan(make_plan("base", args.config, args.solver[0], args.steps[0], w=args.guidance,
+                                spacing=args.spacing), args.config)
     seeds = range(args.seed, args.seed + min(args.n or 64, 125))               # one batch
     found = dict(plan=plan, n=len(seeds), **profile(unet, lambda: sample(args, net, plan, seeds, device)))
     path = Path(args.results).parent / "profile.json"
@@ -897,8 +908,8 @@ def load_checkpoint(path):
 
 # differs: captions; one phase, the model itself or the fine-tuning of App. F
 def train(args, device, rank, world):
-    """The text-to-image model, or, from a checkpoint, its fine-tuning on a fixed resolution schedule (App. F).
-    Returns the run's checkpoint.
+    """The text-to-image model, or, from a checkpoint, its fine-tuning on a fixed resolution schedule (App. F) or its
+    distillation to an LCM (--distill). Returns the run's checkpoint.
 
     Every random draw of step k comes from a seed made of --seed and k: a resumed run needs no generator
     state and equals an uninterrupted one. Every process draws the global batch and keeps its share:
@@ -908,6 +919,8 @@ def train(args, device, rank, world):
         run = Path(args.checkpoint).parent
         if "optimizer" not in saved:
             raise ValueError(f"--resume: {args.checkpoint} has weights only; fine-tune without --resume")
+        if args.distill and saved["phase"] != "lcm":
+            raise ValueError(f"--resume: {args.checkpoint} is no distillation: leave --distill out")
         args = argparse.Namespace(**{**vars(args), **saved["args"]})
     else:
         name = [time.strftime("%Y%m%d-%H%M%S")]
@@ -917,10 +930,13 @@ def train(args, device, rank, world):
         for key in ARCHITECTURE if saved else ():                      # the checkpoint decides
             setattr(args, key, saved["args"][key])
         args.phase, args.begin = ("lcm" if args.distill else "finetune", saved["step"]) if saved else ("base", 0)
-        if args.distill and (not saved or saved["phase"] == "lcm"):
-            raise ValueError("--distill needs the model to distil: --checkpoint of a network that is no LCM")
-        set_defaults(args, args.arch)
-        args.finetune_s, args.finetune_beta = args.s[0], args.beta[0]
+        args.before = saved.get("images_seen", 0)
+        if args.distill and not saved:
+            raise ValueError("--distill needs the model to distil: name its --checkpoint")
+        if saved.get("phase") == "lcm":
+            raise ValueError(f"{args.checkpoint} is an LCM: it is sampled, not fine-tuned or distilled (no --distill)")
+        args.finetune_s, args.finetune_beta = (
+            (getattr(args, key) or [DEFAULTS[args.arch][key]])[0] for key in ("s", "beta"))
         args.data = args.data or (saved["args"]["data"] if saved else "emoji")
     x, captions = load_data(args.data, args.res)
     words = saved.get("words") or sorted({word for caption in captions for word in caption.lower().split()})
@@ -931,15 +947,15 @@ def train(args, device, rank, world):
         raise ValueError(f"--data {args.data} has {channels} channels, the checkpoint {saved['channels']}")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
-    config = {k: getattr(args, k) for k in (*PRESETS, "arch", "data", "preset", "seed", "phase", "begin", "finetune_s",
-                                            "finetune_beta")}
+    config = {k: getattr(args, k) for k in (*PRESETS, "arch", "data", "preset", "seed", "phase", "begin", "before",
+                                            "finetune_s", "finetune_beta")}
     torch.manual_seed(args.seed)
     net = build_net(config, channels, len(words))
     low = make_plan("mixed", config, s=args.finetune_s, beta=args.finetune_beta)["low"] if finetune else R
     if R % net.multiple or low % net.multiple:
         raise ValueError(f"the network halves its input: the resolutions {R} and {low} must be multiples of "
                          f"{net.multiple}")
-    alpha_bar, mine = linear_alpha_bar(T), slice(rank, None, world)
+    alpha_bar, mine = linear_alpha_bar(T).to(device), slice(rank, None, world)
     tokens, _ = encode(captions, words, args.tokens)
     if rank == 0:
         save_json(run / "args.json", config)                           # an unwritable folder fails here
@@ -981,7 +997,7 @@ def train(args, device, rank, world):
             fail("weights are")
         if rank == 0:
             common = dict(phase=args.phase, step=step, channels=channels, args=config, words=words,
-                          images_seen=step * args.batch)
+                          images_seen=args.before + (step - begin) * args.batch)
             if step == end:                                            # what is shipped
                 save_checkpoint(run / "weights.pt", **common, ema={k: v.half() for k, v in ema.state_dict().items()})
             more = dict(teacher=teacher.state_dict()) if lcm else {}
@@ -992,7 +1008,7 @@ def train(args, device, rank, world):
             text = tokens[torch.linspace(0, len(tokens) - 1, 32).long()].to(device)
             images = run_plan(as_net(ema, device, args.precision), plan, z, text, alpha_bar)
             save_grid(run / "samples.png", images)
-            line = dict(phase=args.phase, step=step, images_seen=step * args.batch, loss=round(mean, 5),
+            line = dict(phase=args.phase, step=step, images_seen=common["images_seen"], loss=round(mean, 5),
                         images_per_s=round(count * args.batch / (time.time() - begun), 1))
             with open(run / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -1009,8 +1025,6 @@ def train(args, device, rank, world):
             x0 = F.interpolate(x0, size=low, mode="area") if small else x0
         t = torch.randint(first, last, (args.batch,))
         if lcm:
-            t = torch.randint(1, args.lcm_skip + 1, ()) + args.lcm_skip * torch.randint(0, T // args.lcm_skip,
-                                                                                        (args.batch,)) - 1
             w = (1 + 2 * (args.w - 1) * torch.rand(args.batch))[mine].to(device)        # around the preset's
         else:
             text = torch.where(torch.rand(args.batch)[:, None] < args.drop, 0, text)   # for guidance (D14)
@@ -1259,8 +1273,13 @@ def wrap_denoiser(denoiser, state, k, choice, w=None):
         out = forward(**bound)[0] if full else shallow_pass(denoiser, state["deep"], **bound)
         return (torch.cat([out, out]) if late and pairs else out,)             # u + w (c - u) = c
 
+    before = vars(denoiser).get("forward")                     # accelerate's offloading puts one there
+
     def remove():
-        del denoiser.forward
+        if before is None:
+            del denoiser.forward
+        else:
+            denoiser.forward = before
         if choice != "none":
             denoiser.set_attn_processor(processors)
         if handle:
@@ -1282,7 +1301,8 @@ def apply_postdiff(pipe, beta=BETA, s=S, k=K_CACHE, m=M, choice="cond", w=None):
     Afterwards pipe(prompt, ...) samples the first share s of its steps at beta times the size, runs the U-Net's deep
     part every k-th step (PixArt: k has no effect), drops guidance after the share m of the steps and freezes
     the cross-attentions by `choice` (w: the guidance scale, needed for 'cfg' only). s=0, k=1, m=1: the pipeline's
-    own output. s > 0 needs one of SCHEDULERS.
+    own output. s > 0 needs one of SCHEDULERS, set before this call. The defaults are the paper's for SD v1.5; SDXL:
+    beta 0.75, s 0.2; PixArt: beta 0.75; LCM: m 0.5, k 1.
     Returns the state, whose `log` lists the last run's steps, and a function that removes everything.
     Raises ValueError for another pipeline or scheduler, or numbers out of range; in a call, for a size or number of
     steps that does not fit."""
@@ -1293,6 +1313,8 @@ def apply_postdiff(pipe, beta=BETA, s=S, k=K_CACHE, m=M, choice="cond", w=None):
                          f"not s {s}, m {m}, beta {beta}, k {k}, {choice}")
     if choice == "cfg" and w is None:
         raise ValueError("choice 'cfg' needs w, the guidance scale")
+    if "step" in vars(pipe.scheduler):
+        raise ValueError("PostDiff is on this pipeline already: call its remove first")
     from diffusers.utils.torch_utils import randn_tensor
     scheduler, denoiser, state = pipe.scheduler, getattr(pipe, "unet", None) or pipe.transformer, new_state()
     multistep = hasattr(scheduler, "model_outputs")
@@ -1362,8 +1384,12 @@ def sample_pipeline(args, device):
     except Exception as error:                        # diffusers raises many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise ValueError(f"no pipeline {args.pipeline} ({reason})") from None
-    set_defaults(args, {"PixArtAlphaPipeline": "dit", "LatentConsistencyModelPipeline": "lcm"}.get(
-        type(pipe).__name__, "unet"))
+    set_defaults(args, {"PixArtAlphaPipeline": "dit", "LatentConsistencyModelPipeline": "lcm",
+                        "StableDiffusionXLPipeline": "sdxl"}.get(type(pipe).__name__, "unet"))
+    if type(pipe.scheduler).__name__ not in SCHEDULERS:                # such as SD v1.5's own, PNDM
+        from diffusers import DDIMScheduler
+        print(f"{type(pipe.scheduler).__name__} is replaced by DDIMScheduler")
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     mixed, cached = args.method[0] in ("mixed", "postdiff"), args.method[0] in ("cache", "postdiff")
     state, remove = apply_postdiff(pipe, args.beta[0], args.s[0] if mixed else 0, args.k[0] if cached else 1,
                               args.m[0] if cached else 1, args.choice[0], args.guidance)
@@ -1515,7 +1541,7 @@ def get_args(argv=None):
     run.add_argument("--data", help="emoji (default: the checkpoint's), fashion10k, fashion, cifar10, or a folder")
     run.add_argument("--preset", default="small", choices=PRESET_NAMES)
     run.add_argument("--res", type=int, help="resolution to train at; larger images are averaged down to it")
-    run.add_argument("--iters", type=int, help="training steps")
+    run.add_argument("--iters", type=int, help="training steps of the model itself")
     run.add_argument("--batch", type=int, help="images per training step, all processes together")
     run.add_argument("--lr", type=float)
     run.add_argument("--seed", type=int, default=0)
@@ -1548,6 +1574,7 @@ def get_args(argv=None):
     m.add_argument("--depth", type=int, default=1, help="stages that a shallow pass recomputes, less one (D5)")
     m.add_argument("--guidance", type=float, help="w (default: the preset's; pipeline: its own)")
     m.add_argument("--finetune-iters", type=int, help="steps of the fine-tuning")
+    m.add_argument("--lcm-iters", type=int, help="steps of the distillation")
     m.add_argument("--calibration", type=int, default=500, help="images of the calibration")
     m.add_argument("--budget", type=float, default=1.0, help="calibration: relative MACs at most")
     m.add_argument("--plan", help="sample, evaluate: a plan.json")
@@ -1556,7 +1583,8 @@ def get_args(argv=None):
     for key, values in PRESETS.items():
         if getattr(args, key, None) is None:
             setattr(args, key, values[PRESET_NAMES.index(args.preset)])
-    for key in ("n", "res", "iters", "batch", "seeds", "calibration", "save_every", "finetune_iters"):
+    for key in ("n", "res", "iters", "batch", "seeds", "calibration", "save_every", "finetune_iters",
+                "lcm_iters"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
     if not all(1 <= k for k in args.k or []):
@@ -1594,6 +1622,8 @@ def main():
         args.checkpoint = str(train(args, device, rank, world))
         if world > 1:
             dist.barrier()                                             # until it is written
+    if args.search:                                                    # what Sec. 2.4 calibrates
+        args.steps, args.s = args.steps or [8, 12, 16, 20], args.s or [0, 0.3, 0.5, 0.6]
     if args.search or args.sample or args.evaluate or args.profile:
         find_checkpoint(args)
         net, unet = load_models(args, device, args.precision)

@@ -781,7 +781,7 @@ def test_dit_by_hand(dit):
     c, (H, W) = dit.ch, (4, 6)
     emb = linear("emb.2", F.silu(linear("emb.0", p.timestep_embedding(t, c))))
     text = dit.text(TEXT)
-    six = linear("six", F.silu(emb)).view(2, 6, c)
+    six = linear("modulation", F.silu(emb)).view(2, 6, c)
     h = linear("conv_in", F.pixel_unshuffle(xt, 2).flatten(2).transpose(1, 2))
     place = []
     for i in range(H):
@@ -798,7 +798,7 @@ def test_dit_by_hand(dit):
         h = h + crosses[b]
         y = norm(h) * (1 + m[:, 4]) + m[:, 3]
         h = h + m[:, 5] * linear(f"{name}.ff_out", F.gelu(linear(f"{name}.ff_in", y), approximate="tanh"))
-    shift, scale = (w["two"] + emb[:, None])[:, :, None].unbind(1)
+    shift, scale = (w["shift_scale"] + emb[:, None])[:, :, None].unbind(1)
     h = linear("conv_out", norm(h) * (1 + scale) + shift).transpose(1, 2).reshape(2, -1, H, W)
     eps_hat, deep, used = dit(xt, t, TEXT)
     assert deep is None and eps_hat.std() > 0.1
@@ -875,7 +875,7 @@ def test_consistency_loss_by_hand():
             xn = n ** 0.5 * goal + (1 - n) ** 0.5 * e
             goal = (xn - (1 - n) ** 0.5 * (0.2 + text + 0.05 * float(w[b])) * xn) / n ** 0.5
         x0_hat = (xt - (1 - a) ** 0.5 * (0.3 + text + 0.05 * float(w[b])) * xt) / a ** 0.5
-        expected.append(((x0_hat - goal) ** 2 + 1e-6).sqrt())
+        expected.append(a ** 0.5 * ((x0_hat - goal) ** 2 + 1e-6).sqrt())
     loss = p.consistency_loss(student, target, teacher, x0, t, t_next, eps, ABAR, TEXT, NULL, w)
     assert float(loss) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 
@@ -991,9 +991,9 @@ def test_fine_tuning(trained, tmp_path):
 
 
 def test_distillation(trained, tmp_path):
-    """To an LCM: it starts as its teacher, goes on bit for bit, samples with its own solver and settings."""
+    """To an LCM: trained and sampled in one command, with its own solver and settings; what it refuses."""
     options = "--precision fp32 --batch 8 --save-every 5 --preset tiny --out".split() + [tmp_path]
-    result = start("--train", "--distill", "--checkpoint", trained.checkpoint, *options)
+    result = start("--train", "--distill", "--sample", "--n", 2, "--checkpoint", trained.checkpoint, *options)
     assert result.code == 0, result.err
     path = only(tmp_path, "*/checkpoint.pt")
     saved, teacher = load(path), load(trained.checkpoint)
@@ -1001,7 +1001,10 @@ def test_distillation(trained, tmp_path):
     assert saved["net"]["guidance.weight"].any() and not equal(saved["ema"]["conv_out.weight"],
                                                                teacher["ema"]["conv_out.weight"])
     result = start("--sample", "--n", 4, "--checkpoint", path, "--out", tmp_path / "s")
-    assert result.code == 0 and "postdiff lcm: 8 steps, 4 at 8x8; full pass every 1" in result.out
+    assert result.code == 0 and "postdiff lcm: 8 steps, 4 at 8x8; full pass every 1; told w 2.0" in result.out
+    assert saved["images_seen"] == teacher["images_seen"] + 80
+    one_line(start("--train", "--checkpoint", path, *options), "is an LCM")
+    one_line(start("--train", "--resume", "--distill", "--checkpoint", trained.checkpoint), "no distillation")
     one_line(start("--sample", "--solver", "ddim", "--checkpoint", path, "--out", tmp_path / "s"), "--solver lcm")
     one_line(start("--train", "--distill", "--checkpoint", path, *options), "--distill")
     one_line(start("--train", "--distill", *options), "--distill")

@@ -14,7 +14,7 @@ Run (README.md has more):
     python postdiff.py --pipeline PATH_OR_ID --prompt "a fox"           # a diffusers pipeline, PostDiff applied
     python postdiff.py --ledger                              # Tables 1 and 2, FLOPs, at the real sizes
     python postdiff.py --train                               # the text-to-image model itself, from scratch
-    python postdiff.py --train --distill --checkpoint weights/postdiff/weights.pt         # an LCM of it
+    python postdiff.py --train --distill --checkpoint CHECKPOINT    # an LCM of it
 
 Expect (small preset, emoji at 32x32, counted by --ledger's counter): 1.67 million parameters, 60 MMACs a pass; of
     the MACs of 20 guided steps, mixed resolution takes 62.7 %, DeepCache 61.6 %, all of PostDiff 33.5 %, and 8

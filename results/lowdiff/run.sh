@@ -60,7 +60,7 @@ measure)
   cp runs/lowdiff-grid/samples.png results/lowdiff/stages.png
   ;;
 latent)                                        # Table 4: the same autoencoder for both
-  budget=3e12
+  budget=6e12
   train dit --space latent --cond --arch dit
   train latent --space latent --cond --autoencoder weights/lowdiff/dit.pt
   evaluate dit --steps 100 --n 1000 --experiment "table 4"

@@ -4,7 +4,7 @@
 #   sh results/lowdiff/run.sh measure                                                   # 100 minutes on one core
 #   sh results/lowdiff/run.sh latent                                                    # an hour on one core
 #   python results/lowdiff/speed.py                                                     # alone on the machine
-# Not run for the README (no time): rest 2, choices 4, emoji 8 hours on one core.
+# Not run yet: rest 2, choices 2, emoji 8 hours on one core.
 # Every run of a data set trains for the same MACs: 9.4e12 forward, 2,019 steps of EDM, a 0.4th of the default. With
 # a GPU: DATA=fashion or DATA=cifar10, and BUDGET=5e14 for a longer run.
 set -e
@@ -42,18 +42,11 @@ measure)
   for name in edm-cond weights two-cond cdm-cond edm three; do
     evaluate $name --seeds 3 --experiment "tables 2 5 6 8"
   done
-  # Tables 10, 11, 12 and the figure of FD against the truncation point: on images of their own (seed 7)
-  for name in two-cond weights; do
-    python lowdiff.py --search --sweep truncation --n 1000 --seed 7 --plans runs/plans-$name \
-      --checkpoint weights/lowdiff/$name.pt
-  done
-  python lowdiff.py --search --sweep steps range --n 1000 --seed 7 --plans runs/plans-two-cond \
+  # Table 11 and the figure of FD against the truncation point: on images of their own (seed 7)
+  python lowdiff.py --search --sweep truncation --n 1000 --seed 7 --plans runs/plans-two-cond \
     --checkpoint weights/lowdiff/two-cond.pt
-  # Truncated later, as the sweep says; EDM with about LowDiff's effective NFE
+  # Truncated later, as the sweep says
   evaluate weights --truncate 25 17 --seeds 3 --experiment "later truncation"
-  for steps in 9 12; do
-    evaluate edm-cond --steps $steps --experiment "edm, fewer steps"
-  done
   # What comes out of each stage, from the same seeds, beside EDM
   python lowdiff.py --sample --show-stages --n 16 --out runs/lowdiff-grid --checkpoint weights/lowdiff/weights.pt \
     weights/lowdiff/edm-cond.pt
@@ -64,10 +57,17 @@ latent)                                        # Table 4: the same autoencoder f
   train dit --space latent --cond --arch dit
   train latent --space latent --cond --autoencoder weights/lowdiff/dit.pt
   evaluate dit --steps 100 --n 1000 --experiment "table 4"
-  evaluate dit --steps 50 --n 1000 --experiment "table 4"
   evaluate latent --n 1000 --experiment "table 4"
   ;;
-rest)
+rest)                                          # Tables 10, 12; EDM with LowDiff's effective NFE; two rows more
+  python lowdiff.py --search --sweep truncation --n 1000 --seed 7 --plans runs/plans-weights \
+    --checkpoint weights/lowdiff/weights.pt
+  python lowdiff.py --search --sweep steps range --n 1000 --seed 7 --plans runs/plans-two-cond \
+    --checkpoint weights/lowdiff/two-cond.pt
+  for steps in 9 12; do
+    evaluate edm-cond --steps $steps --experiment "edm, fewer steps"
+  done
+  evaluate dit --steps 50 --n 1000 --experiment "table 4"
   train two --stages 16 32
   train cdm --arch cdm --stages 16 32
   for name in two cdm; do

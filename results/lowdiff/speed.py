@@ -35,7 +35,8 @@ def main():
             autoencoder = None
             if space == "latent":
                 autoencoder = lowdiff.Autoencoder(colours, channels, config["factor"]).to(device).requires_grad_(False)
-            args = SimpleNamespace(config=config, channels=channels, precision="auto", autoencoder=autoencoder)
+            args = SimpleNamespace(config=config, channels=channels, precision="auto", autoencoder=autoencoder,
+                                   compile=False)
             plan = lowdiff.make_plan(stages, space=space)
             edm = lowdiff.edm_of(config)
             macs, nfe = lowdiff.plan_macs(config, channels, plan)

@@ -755,7 +755,7 @@ def train(args, device, rank, world):
             raise ValueError(f"--resume: {args.checkpoint} has weights only; fine-tune without --resume")
         args = argparse.Namespace(**{**vars(args), **saved["args"]})
     else:
-        name = [time.strftime("%Y%m%d-%H%M%S")]
+        name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]          # two runs may begin at once
         if world > 1:
             dist.broadcast_object_list(name)                           # the clocks may differ
         run = Path(args.out) / name[0]

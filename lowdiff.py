@@ -187,6 +187,17 @@ def timestep_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+def resolution_one_hot(stages, x):
+    """METHOD: 3.3: which of the n `stages` x (B, C, r, r) has the size of: (1, n), times sqrt(n) (D2).
+    Raises ValueError if none."""
+    r = x.shape[-1]
+    if r not in stages or x.shape[-2] != r:
+        raise ValueError(f"the network has no entry for {x.shape[-2]}x{r}, only for {list(stages)}")
+    one_hot = torch.zeros(1, len(stages), device=x.device)
+    one_hot[:, stages.index(r)] = len(stages) ** 0.5
+    return one_hot
+
+
 def group_norm(c):
     """GroupNorm of EDM: 32 groups, fewer where a group would have less than 4 channels."""
     return nn.GroupNorm(min(32, c // 4), c, eps=1e-6)
@@ -317,17 +328,13 @@ class UNet(nn.Module):
                 out[-1].weight.mul_(1e-5)
 
     def forward(self, xt, c_noise, y=None, aug=None, c_noise_z=None):
-        r = xt.shape[-1]
-        if r not in self.stages or xt.shape[-2] != r:
-            raise ValueError(f"the network has no entry for {xt.shape[-2]}x{r}, only for {list(self.stages)}")
+        r, one_hot = xt.shape[-1], resolution_one_hot(self.stages, xt)
         emb = timestep_embedding(c_noise, self.ch)
         if self.map_label is not None:
             emb = emb + self.map_label(F.one_hot(y, self.classes) * self.classes ** 0.5)
         if self.map_augment is not None and aug is not None:
             emb = emb + self.map_augment(aug)
         if self.map_res is not None:                           # METHOD: 3.3, added to the other embeddings
-            one_hot = torch.zeros(1, len(self.stages), device=xt.device)
-            one_hot[:, self.stages.index(r)] = len(self.stages) ** 0.5
             emb = emb + self.map_res(one_hot)
         if self.map_told is not None and c_noise_z is not None:
             emb = emb + self.map_told(timestep_embedding(c_noise_z, self.ch))
@@ -652,7 +659,7 @@ def load_models(args, device, precision="auto"):
     args.autoencoder = load_autoencoder(saved, args.checkpoint).to(device) if "autoencoder" in saved else None
     if "ema" not in saved:
         raise ValueError(f"{args.checkpoint} holds an autoencoder only: name a checkpoint of --train")
-    args.run, args.channels, args.decoded_fd = Path(args.checkpoint).parent, saved["channels"], None
+    args.run, args.channels = Path(args.checkpoint).parent, saved["channels"]
     args.config = {"space": "pixel", **saved["args"]}          # the pixel models were trained before there were others
     args.images_seen = saved["images_seen"]
     net = build_net(args.config, args.channels)
@@ -844,7 +851,7 @@ def train(args, device, rank, world):
             raise ValueError(f"--resume: {args.checkpoint} has weights only")
         args = argparse.Namespace(**{**vars(args), **saved["args"]})
     else:
-        name = [time.strftime("%Y%m%d-%H%M%S")]
+        name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]          # two runs may begin at once
         if world > 1:
             dist.broadcast_object_list(name)                           # the clocks may differ
         run = Path(args.out) / name[0]
@@ -1070,7 +1077,7 @@ def append_result(args, device, plan, experiment, **measured):
     cpu = "" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cpu}"
     plain = {k: str(v).replace(f"{HERE}/", "") if isinstance(v, (str, Path)) else v
-             for k, v in vars(args).items() if k not in ("config", "autoencoder", "decoded_fd")}
+             for k, v in vars(args).items() if k not in ("config", "autoencoder")}
     if args.autoencoder is not None:
         r = config["stages"][-1]
         with torch.device("meta"):
@@ -1078,7 +1085,7 @@ def append_result(args, device, plan, experiment, **measured):
                 1, args.channels, r, r))
     line = dict(experiment=experiment, method=config["arch"], space=config["space"], data=args.data,
                 solver="euler" if config["space"] == "latent" else "heun", preset=config["preset"],
-                stages=config["stages"], cond=config["cond"], up=config["up"], decoded_fd=args.decoded_fd,
+                stages=config["stages"], cond=config["cond"], up=config["up"],
                 cond_scale=config["cond_scale"], told=config["told"], **measured, nfe=nfe, macs_per_image=macs,
                 relative_macs=macs / full, parameters=parameters(config, args.channels), device=name,
                 torch=torch.__version__, images_seen=args.images_seen, budget=config["budget"],
@@ -1103,12 +1110,12 @@ def evaluate(args, denoiser, device, rank, world, jobs=None, experiment=None):
     if x.shape[1:] != (channels, R, R):
         raise ValueError(f"--data {data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
                          f"'{args.config['data']}'")
-    reference, means = feature_stats(extract(extractor, x)[0]), []
+    reference, means, floor = feature_stats(extract(extractor, x)[0]), [], {}
     if args.autoencoder is not None:                                   # what no latent model can be better than
         some = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:args.n]]
         back = to_image(encode_all(args.autoencoder, some, device).to(device), args.autoencoder)
-        args.decoded_fd = frechet_distance(feature_stats(extract(extractor, back)[0]), reference)
-        print(f"{len(some)} images through the autoencoder: FD[{name}]@{len(some)} {args.decoded_fd:.3f}")
+        floor = dict(decoded_fd=frechet_distance(feature_stats(extract(extractor, back)[0]), reference))
+        print(f"{len(some)} images through the autoencoder: FD[{name}]@{len(some)} {floor['decoded_fd']:.3f}")
     here = argparse.Namespace(**{**vars(args), "data": data})
     for label, plan in jobs or [(None, get_plan(args))]:
         extra = dict(variant=label) if label else speed(args, denoiser, plan, device) if rank == 0 else {}
@@ -1125,7 +1132,7 @@ def evaluate(args, denoiser, device, rank, world, jobs=None, experiment=None):
             fds.append(fd)
             append_result(here, device, plan, experiment or args.experiment or "evaluate", seed=seed, n=args.n,
                           extractor=name, fd=fd, inception_score=score, seconds_per_image=seconds / args.n,
-                          processes=world, **extra)
+                          processes=world, **floor, **extra)
             print(f"{args.config['arch']} {label or ''} {'+'.join(str(p['evaluations']) for p in plan['stages'])} "
                   f"evaluations, seed {seed}: FD[{name}]@{args.n} {fd:.3f}, score {score:.2f}, {seconds:.0f} s"
                   + (f"; {extra['images_per_s']:.1f} images/s, EDM {extra['edm_images_per_s']:.1f}; effective NFE "
@@ -1335,15 +1342,11 @@ class DiT(nn.Module):
             nn.init.zeros_(part.weight)
 
     def forward(self, xt, t, y=None):
-        r = xt.shape[-1]
-        if r not in self.stages or xt.shape[-2] != r:
-            raise ValueError(f"the network has no entry for {xt.shape[-2]}x{r}, only for {list(self.stages)}")
+        r, one_hot = xt.shape[-1], resolution_one_hot(self.stages, xt)
         c = self.map2(F.silu(self.map1(timestep_embedding(t, 256))))
         if self.map_label is not None:
             c = c + self.map_label(torch.full_like(t, self.classes, dtype=torch.long) if y is None else y)
         if self.map_res is not None:                           # METHOD: resolution embedding (D2)
-            one_hot = torch.zeros(1, len(self.stages), device=xt.device)
-            one_hot[:, self.stages.index(r)] = len(self.stages) ** 0.5
             c = c + self.map_res(one_hot)
         c = F.silu(c)
         h = self.entry[str(r)](xt.flatten(2).transpose(1, 2)) + self.position[str(r)]

@@ -59,6 +59,9 @@ D16 --space latent: the autoencoder is small and trained here, on all images (D1
 D17 DPM-Solver++ 2M takes its last step at first order: evenly spaced in t, it is so long that the multistep
     extrapolation makes N(0, 1) data 1.15 times too wide (official: multistep to the end, t_end 1e-3, 1.10).
 D18 EDM here has the VP preset's learning rate, EMA, dropout, flips and gradient clipping, not EDM's own.
+D19 A decoder 8 wide cannot hand xt through to eps_hat, which needs it next to the noise most precisely of all: preset
+    small trained on eps gives noise. Its VP networks predict v = s (eps - sigma x0) and are trained on it; the
+    samplers get eps_hat = s (v_hat + sigma xt). Presets of the paper: eps, as the official code.
 Not here: the paper's Fig. 2; EDM's own network.
 """
 import argparse
@@ -118,6 +121,7 @@ PRESETS = {
     "patch":            (2,          2,             1,                1),            # pixels per side of a token
     "plus":             (False,      False,         True,             False),        # DDPM++ instead of DDPM (D11)
     "groups":           (32,         32,            16,               32),           # of GroupNorm, at most
+    "predict":          ("v",        "v",           "eps",            "eps"),        # what a VP network gives (D19)
     "dropout":          (0.0,        0.0,           0.1,              0.0),
     "flip":             (False,      False,         True,             False),        # random horizontal flips
     "batch":            (16,         128,           128,              48),           # global, all processes
@@ -784,7 +788,7 @@ def gradient_affinity(net, config, x, levels=100, batch=128, seed=CLUSTER_SEED):
         t = torch.full((batch,), (k + 1) / levels, dtype=torch.float64, device=device)
         level = sigma_of(t) if config["diffusion"] == "edm" else t
         net.zero_grad(set_to_none=True)
-        diffusion_loss(net, x0, level, eps, config["diffusion"], 0).backward()
+        diffusion_loss(net, x0, level, eps, config["diffusion"], 0, config["predict"]).backward()
         rows[k] = F.normalize(torch.cat([p.grad.flatten() for p in net.parameters()]), dim=0)
     return (rows @ rows.T).double().cpu()
 
@@ -792,10 +796,11 @@ def gradient_affinity(net, config, x, levels=100, batch=128, seed=CLUSTER_SEED):
 # ---------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------
-def vp_eps(net, xt, t, stage):
-    """eps_hat of a VP network; t float or float64 (B,)."""
-    label = 999 * torch.as_tensor(t, dtype=torch.float64, device=xt.device).expand(len(xt))
-    return net(xt, label.float(), stage)
+def vp_eps(net, xt, t, stage, predict="eps"):
+    """eps_hat of a VP network that gives eps_hat or v_hat (D19); t float or float64 (B,)."""
+    t = torch.as_tensor(t, dtype=torch.float64, device=xt.device).expand(len(xt))
+    out, sigma = net(xt, (999 * t).float(), stage), sigma_of(t).view(-1, 1, 1, 1)
+    return out if predict == "eps" else (scale_of(sigma) * (out + sigma * xt)).to(xt.dtype)
 
 
 def edm_x0(net, x, sigma, stage):
@@ -809,15 +814,16 @@ def edm_x0(net, x, sigma, stage):
 
 
 # differs: two parameterisations, continuous noise levels
-def diffusion_loss(net, x0, level, eps, diffusion, stage):
-    """VP: mean squared error of eps_hat at t = level. EDM: weighted one of x0_hat at sigma = level.
+def diffusion_loss(net, x0, level, eps, diffusion, stage, predict="eps"):
+    """VP: mean squared error of eps_hat, or of v_hat, at t = level. EDM: weighted one of x0_hat at sigma = level.
     level float64 (B,). METHOD: stage an int, the batch's one stage: no other decoder runs; or (B,)."""
     sigma = level if diffusion == "edm" else sigma_of(level)
     s = sigma.view(-1, 1, 1, 1).to(x0.dtype)
     if diffusion == "edm":
         weight = (s ** 2 + SIGMA_DATA ** 2) / (s * SIGMA_DATA) ** 2
         return (weight * (edm_x0(net, x0 + s * eps, level, stage).float() - x0) ** 2).mean()
-    return F.mse_loss(vp_eps(net, scale_of(s) * (x0 + s * eps), level, stage).float(), eps)
+    error = vp_eps(net, scale_of(s) * (x0 + s * eps), level, stage, predict).float() - eps
+    return (error if predict == "eps" else error / scale_of(s)).square().mean()
 
 
 def stage_levels(u, stage, edges, diffusion):
@@ -978,12 +984,13 @@ def search(args, device):
     if "map" in plan:
         picture = torch.tensor(plan["map"]).flip(0)[None, None] * 2 - 1        # S(0, 0) at the lower left
         save_grid(path.with_suffix(".png"), picture, columns=1, scale=12)
-    write_line(args, dict(
-        experiment=args.experiment or "clustering", method=args.clustering, solver=None, data=name,
-        preset=args.preset, seed=CLUSTER_SEED, n=args.samples, extractor=None, fd=None, nfe=None,
-        macs_per_image=None, seconds_per_image=None, seconds=seconds, device=device_name(device),
-        torch=torch.__version__, images_seen=None, source_sha256=sha256_of(__file__),
-        plan={k: v for k, v in plan.items() if k not in ("curves", "map")}, args=plain_args(args)))
+    if args.experiment:                                                # the shipped results are not for every try
+        write_line(args, dict(
+            experiment=args.experiment, method=args.clustering, solver=None, data=name,
+            preset=args.preset, seed=CLUSTER_SEED, n=args.samples, extractor=None, fd=None, nfe=None,
+            macs_per_image=None, seconds_per_image=None, seconds=seconds, device=device_name(device),
+            torch=torch.__version__, images_seen=None, source_sha256=sha256_of(__file__),
+            plan={k: v for k, v in plan.items() if k not in ("curves", "map")}, args=plain_args(args)))
     print(f"{args.clustering}: edges {edges} (sigma {plan['sigmas']}), {seconds} s: {path}")
 
 
@@ -1025,7 +1032,7 @@ def run_sampler(net, config, z, solver, steps, t_end=T_END, trace=lambda t, stag
         return heun_sample(lambda x, sigma: edm_x0(net, x, sigma, stage_at(float(t_of(sigma)))),
                            z * sigmas[0], sigmas)
     def eps_model(xt, t):
-        return vp_eps(net, xt, t, stage_at(t))
+        return vp_eps(net, xt, t, stage_at(t), config["predict"])
     if solver == "dpm2m":
         return dpm_solver_pp_sample(eps_model, z, steps, t_end)
     return dpm_solver_sample(eps_model, z, steps, SOLVERS[solver], t_end)
@@ -1176,7 +1183,7 @@ def train(args, device, rank, world):
             raise ValueError(f"--resume: {args.checkpoint} has weights only")
         args = argparse.Namespace(**{**vars(args), **saved["args"]})
     else:
-        name = [time.strftime("%Y%m%d-%H%M%S")]
+        name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]          # two runs may begin at once
         if world > 1:
             dist.broadcast_object_list(name)                           # the clocks may differ
         run = Path(args.out) / name[0]
@@ -1250,8 +1257,9 @@ def train(args, device, rank, world):
             u = (torch.arange(len(held_out)) + 0.5) / len(held_out)
             levels = stage_levels(u.double(), s, args.edges, args.diffusion).to(device)
             with torch.no_grad():
-                loss = float(sum(diffusion_loss(ema, *part, args.diffusion, s) * len(part[0]) for part in zip(
-                    held_out.split(250), levels.split(250), z.split(250)))) / len(held_out)
+                losses = [diffusion_loss(ema, *part, args.diffusion, s, args.predict) * len(part[0])
+                          for part in zip(held_out.split(250), levels.split(250), z.split(250))]
+            loss = float(sum(losses)) / len(held_out)
             if loss < best_loss[s]:
                 best_loss[s] = loss
                 best.nets[s].load_state_dict(ema.nets[s].state_dict())
@@ -1311,7 +1319,7 @@ def train(args, device, rank, world):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / args.warmup, (args.iters + 1 - step) / fall)
         with autocast(device, args.precision):
-            loss = diffusion_loss(model, x0, level, eps, args.diffusion, stage)
+            loss = diffusion_loss(model, x0, level, eps, args.diffusion, stage, args.predict)
         optimizer.zero_grad(set_to_none=True)                          # Adam leaves the other decoders alone
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -51,6 +51,9 @@ D15 LCM in small (--train --distill): LCM's distillation with our network's x0_h
     c_skip, c_out), its errors times sqrt(alpha_bar); w uniform in 1 .. 2w - 1, captions not dropped; with fewer
     than lcm_skip training steps left, the goal is the teacher's x0_hat. Its sampler: x0_hat, re-noised. A DiT in small
     (--arch dit): PixArt's blocks, as wide as the U-Net's bottom.
+D16 24 channels cannot hand the 12 colours of a token through to eps_hat, which next to the noise needs them precisely.
+    Preset small predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 and is trained on it (as Stable Diffusion 2);
+    the network turns it into eps_hat itself, so nothing else knows. Preset paper: eps, as Stable Diffusion 1.
 Not here: SDXL's kind in small (it is in --ledger and --pipeline); the methods that the paper compares with.
 """
 import argparse
@@ -94,7 +97,8 @@ ARCHS = ("unet", "dit")                                        # dit: PixArt's k
 SPACINGS = ("inclusive", "exclusive", "leading", "trailing")   # of uniform steps, see uniform_steps
 W_EMBEDDING = 256                                              # width of an LCM's guidance embedding
 CALIBRATION_SEED = 10 ** 9                                     # far from samples' seeds
-ARCHITECTURE = ("res", "ch", "mult", "blocks", "attention", "heads", "c_text", "tokens", "patch", "dropout", "arch")
+ARCHITECTURE = ("res", "ch", "mult", "blocks", "attention", "heads", "c_text", "tokens", "patch", "dropout", "predict",
+                "arch")
 
 # A preset is a network and how it is trained. paper: the U-Net of Stable Diffusion v1.5 at 768x768.
 #                        tiny       small         paper
@@ -109,6 +113,7 @@ PRESETS = {
     "tokens":           (6,         12,           77),           # words of a caption at most
     "patch":            (2,         2,            1),            # pixels per side of a token
     "dropout":          (0.0,       0.0,          0.0),
+    "predict":          ("v",       "v",          "eps"),        # what the network gives before it is eps_hat (D16)
     "drop":             (0.1,       0.1,          0.1),          # share of captions dropped for guidance
     "w":                (2.0,       3.0,          7.5),          # guidance weight
     "batch":            (16,        128,          2048),         # global, all processes
@@ -235,6 +240,12 @@ class TextEncoder(nn.Module):
         return self.norm(self.word(tokens) + self.position)
 
 
+def eps_of_v(v_hat, xt, t):
+    """eps_hat of a network that predicts v (D16), at step t (B,)."""
+    a = linear_alpha_bar(T).to(xt.device)[t].view(-1, 1, 1, 1)
+    return (a.sqrt() * v_hat + (1 - a).sqrt() * xt).to(xt.dtype)
+
+
 # differs: text by cross-attention, and a forward pass that can start from a cache
 class UNet(nn.Module):
     """Stable Diffusion's U-Net: eps_hat (B, C, H, W) from xt (B, C, H, W), t (B,) and text.
@@ -246,10 +257,10 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels, ch, mult, blocks, attention, heads, c_text, patch=1, dropout=0.0, words=0, tokens=0,
-                 guided=False):
+                 guided=False, predict="eps"):
         super().__init__()
         groups, c_emb = min(32, ch // 4), 4 * ch
-        self.ch, self.patch, self.multiple = ch, patch, patch * 2 ** (len(mult) - 1)
+        self.ch, self.patch, self.multiple, self.predict = ch, patch, patch * 2 ** (len(mult) - 1), predict
         self.guidance = nn.Linear(W_EMBEDDING, ch, bias=False) if guided else None
         self.emb = nn.Sequential(nn.Linear(ch, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.text = TextEncoder(words, tokens, c_text) if words else nn.Identity()
@@ -315,8 +326,8 @@ class UNet(nn.Module):
             if i == n - 1 - depth:
                 deep = h
             h = run(self.up[i], torch.cat([h, skips.pop()], dim=1))
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, self.patch), deep, used
+        h = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+        return h if self.predict == "eps" else eps_of_v(h, xt, t), deep, used
 
 
 # differs: PixArt's, with text
@@ -347,9 +358,9 @@ class DiT(nn.Module):
     """PixArt's kind in small: called like UNet, of any height and width that patch divides; there are no deep
     features to cache, the second thing that it returns is None."""
 
-    def __init__(self, channels, ch, blocks, heads, c_text, patch, words=0, tokens=0, guided=False):
+    def __init__(self, channels, ch, blocks, heads, c_text, patch, words=0, tokens=0, guided=False, predict="eps"):
         super().__init__()
-        self.ch, self.patch, self.multiple = ch, patch, patch
+        self.ch, self.patch, self.multiple, self.predict = ch, patch, patch, predict
         self.guidance = nn.Linear(W_EMBEDDING, ch, bias=False) if guided else None
         self.emb = nn.Sequential(nn.Linear(ch, ch), nn.SiLU(), nn.Linear(ch, ch))
         self.modulation = nn.Linear(ch, 6 * ch)
@@ -378,7 +389,8 @@ class DiT(nn.Module):
             h, used[i] = block(h, text, six, size, cross.get(i))
         shift, scale = (self.shift_scale + emb[:, None])[:, :, None].unbind(1)
         h = (self.norm_out(h) * (1 + scale) + shift).transpose(1, 2).unflatten(2, size)
-        return F.pixel_shuffle(self.conv_out(h), self.patch), None, used
+        h = F.pixel_shuffle(self.conv_out(h), self.patch)
+        return h if self.predict == "eps" else eps_of_v(h, xt, t), None, used
 
 
 # differs: its arguments are those of this network
@@ -444,9 +456,10 @@ def switch_resolution(x0_hat, eps, t, alpha_bar):
 # Loss
 # ---------------------------------------------------------------------------------------------
 # differs: the network takes text and returns caches
-def diffusion_loss(net, x0, t, eps, alpha_bar, text):
-    """DDPM's simple loss: mean squared error of eps_hat."""
-    return F.mse_loss(net(add_noise(x0, eps, t, alpha_bar), t, text)[0].float(), eps)
+def diffusion_loss(net, x0, t, eps, alpha_bar, text, predict="eps"):
+    """DDPM's simple loss: mean squared error of eps_hat, or of v_hat: that of eps_hat / sqrt(alpha_bar) (D16)."""
+    error = net(add_noise(x0, eps, t, alpha_bar), t, text)[0].float() - eps
+    return (error if predict == "eps" else error / alpha_bar.to(t.device)[t].view(-1, 1, 1, 1).sqrt()).square().mean()
 
 
 def consistency_loss(net, target, teacher, x0, t, t_next, eps, alpha_bar, text, null, w):
@@ -728,16 +741,20 @@ def encode(captions, words, length):
     return torch.tensor(rows), list(dict.fromkeys(unknown))
 
 
-def check_prompts(prompts, words):
-    """Names the unknown words; raises ValueError for a prompt that is empty or has no known word."""
+def check_prompts(prompts, words, length):
+    """Names the words that are unknown or beyond `length`; raises ValueError for a prompt that is empty or has no
+    known word."""
     for prompt in prompts:
-        tokens, unknown = encode([prompt], words, 10 ** 3)
+        tokens, unknown = encode([prompt], words, len(prompt))
         if not prompt.split():
             raise ValueError("--prompt is empty: give some words, such as \"cat face\"")
         if not tokens.any():
             raise ValueError(f"--prompt '{prompt}': no word of it is in the model's vocabulary of {len(words)}")
         if unknown:
             print(f"unknown words left out: {', '.join(unknown)}", file=sys.stderr)
+        known = [word for word in prompt.lower().split() if word not in unknown]
+        if len(known) > length:
+            print(f"the model reads {length} words; left out: {', '.join(known[length:])}", file=sys.stderr)
 
 
 @functools.cache
@@ -796,7 +813,7 @@ def set_defaults(args, kind):
 
 
 # differs: captions and one network
-def sample(args, net, plan, seeds, device, trace=None):
+def sample(args, net, plan, seeds, device):
     """uint8 images (n, C, R, R), seed by seed, of this process's share of the seeds."""
     if not len(seeds):
         raise ValueError("--n is smaller than the number of processes")
@@ -805,7 +822,7 @@ def sample(args, net, plan, seeds, device, trace=None):
     for batch in progress(batches, f"sample {plan['method']} {plan['solver']}", len(batches[0])):
         text, _ = encode(captions_of(args, batch.tolist()), args.words, config["tokens"])
         noise = [z.to(device) for z in noise_for(batch.tolist(), *noise_shapes(plan, config, args.channels))]
-        parts.append(to_uint8(run_plan(net, plan, noise, text.to(device), alpha_bar, trace)).cpu())
+        parts.append(to_uint8(run_plan(net, plan, noise, text.to(device), alpha_bar)).cpu())
     return torch.cat(parts)
 
 
@@ -817,7 +834,7 @@ def noise_shapes(plan, config, channels):
     return [(channels, r, r) for r in sizes]
 
 
-def run_plan(net, plan, noise, text, alpha_bar, trace=None):
+def run_plan(net, plan, noise, text, alpha_bar):
     """mixed_resolution_sample with the numbers of a plan; noise: see noise_shapes; the null text is all padding. An
     LCM is told w instead of being guided by it."""
     w, (full, low, *fresh) = plan["w"], noise
@@ -825,7 +842,7 @@ def run_plan(net, plan, noise, text, alpha_bar, trace=None):
         net, w = functools.partial(net, w=w), None
     return mixed_resolution_sample(net, full, plan["taus"], alpha_bar, text, torch.zeros_like(text), w, plan["n_low"],
                                    low, plan["k"], plan["depth"], plan["n_guided"], plan["choice"],
-                                   SOLVERS[plan["solver"]], trace, fresh)
+                                   SOLVERS[plan["solver"]], fresh=fresh)
 
 
 # differs: calibration instead of TRD
@@ -862,7 +879,7 @@ def search(args, net, device):
 
 
 def save_profile(args, net, unet, device):
-    """Fig. 7's data: profile.json beside the results; results/postdiff/figures.py draws it."""
+    """Fig. 7's data: profile.json beside the results; results/report.py draws it."""
     if args.config["arch"] == "dit":
         raise ValueError("--profile is of a U-Net's blocks: the checkpoint is a DiT")
     plan = check_plan(make_plan("base", args.config, args.solver[0], args.steps[0], w=args.guidance,
@@ -923,7 +940,7 @@ def train(args, device, rank, world):
             raise ValueError(f"--resume: {args.checkpoint} is no distillation: leave --distill out")
         args = argparse.Namespace(**{**vars(args), **saved["args"]})
     else:
-        name = [time.strftime("%Y%m%d-%H%M%S")]
+        name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]          # two runs may begin at once
         if world > 1:
             dist.broadcast_object_list(name)                           # the clocks may differ
         run = Path(args.out) / name[0]
@@ -1038,7 +1055,7 @@ def train(args, device, rank, world):
                 loss = consistency_loss(model, ema, teacher, x0, t, t_next, eps, alpha_bar, text,
                                         torch.zeros_like(text), w)
             else:
-                loss = diffusion_loss(model, x0, t, eps, alpha_bar, text)
+                loss = diffusion_loss(model, x0, t, eps, alpha_bar, text, args.predict)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -1454,7 +1471,8 @@ def diffusers_macs(kind):
 def ledger(path):
     """The paper's efficiency cells, computed now on the meta device, beside the printed values. ours: in the
     paper's counting rule, T MACs of convolutions and linear layers (the paper adds biases and norms: 0.1 %);
-    with_attention: all that is executed, attention's products included."""
+    with_attention: all that is executed, attention's products included. Written to `path` if diffusers is there
+    for the cells of SDXL and PixArt."""
     rows = []
 
     def row(table, cell, paper, ours, executed=None, note=""):
@@ -1513,13 +1531,15 @@ def ledger(path):
             found, size = diffusers_macs(kind)
         except ImportError:
             row("Table 2", kind, papers[2], None, note="not counted: pip install diffusers")
+            path = None                                                # keeps the file, which has these cells
             continue
         row("Sec. 3.1", f"{kind}: parameters", None, size)
         steps = [(f"{n} steps", found["plain"][:n]) for n in (8, 16, 20)]
         for (name, counts), paper in zip([*steps, ("mix", found["mix"]), ("PostDiff", found["postdiff"])], papers):
             row("Table 2", f"{kind}, {name}", paper, *(sum(c) / 1e12 for c in zip(*counts)),
                 note="0.04 % of the paper's count is not explained" if kind == "SDXL" and name == "8 steps" else "")
-    save_json(path, rows)
+    if path:
+        save_json(path, rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1628,7 +1648,7 @@ def main():
         find_checkpoint(args)
         net, unet = load_models(args, device, args.precision)
         if args.prompt:
-            check_prompts(args.prompt, args.words)
+            check_prompts(args.prompt, args.words, args.config["tokens"])
     by_data = argparse.Namespace(**{**vars(args), "prompt": None})       # measured on the data's captions
     if args.search and rank == 0:
         search(by_data, net, device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHERS = ("lowdiff",)          # scripts with a results/SCRIPT/report.py
+OTHERS = ("lowdiff", "multistage", "postdiff")          # scripts with a results/SCRIPT/report.py
 FOLDER = ROOT / "results" / "c2f_trd"
 NAMES = {"base": "uniform", "trd": "TRD", "c2f": "C2F", "c2f+trd": "C2F+TRD"}
 SOLVER = {"ddim": "DDIM", "dpm2": "DPM-Solver++ 2M", "dpm3": "DPM-Solver++ 3M"}

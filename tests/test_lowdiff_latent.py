@@ -274,6 +274,16 @@ def test_train_and_its_files(trained):
         p.name for p in trained.parent.iterdir()}
 
 
+def test_a_tenth_of_the_labels_is_left_out(trained, tmp_path, monkeypatch):
+    seen, loss = [], c.flow_cascade_loss
+    monkeypatch.setattr(c, "flow_cascade_loss", lambda net, x0, draws, y, *more: (
+        seen.extend(y.tolist()) or loss(net, x0, draws, y, *more)))
+    result = start("--train", *TINY, "--autoencoder", trained.with_name("autoencoder.pt"), "--out", tmp_path, "--iters",
+                   9, "--batch", 64)
+    assert result.code == 0 and len(seen) == 9 * 64 and set(seen) == set(range(11))
+    assert 30 <= seen.count(10) <= 90                                  # 58 +- 7
+
+
 def test_the_autoencoder_of_a_file(trained, tmp_path):
     """The same weights as with the autoencoder trained on the way."""
     argv = [*TINY, "--autoencoder", trained.with_name("autoencoder.pt"), "--out", tmp_path]

@@ -169,6 +169,19 @@ def test_stage_of():
     for t, stage in ((0, 0), (0.2499, 0), (0.25, 1), (0.4999, 1), (0.5, 2), (0.9, 3), (1, 3)):
         assert m.stage_of(t, edges) == stage == int(m.stage_of(torch.tensor([t], dtype=torch.float64), edges))
     assert m.stage_of(0.7, []) == 0
+    with pytest.raises(ValueError, match="as a float"):
+        m.stage_of(torch.tensor([442]), edges)
+
+
+def test_the_official_code_misroutes_batches():
+    """It compares 999 t with 1000 t_1, strictly, and takes the stage of the whole batch from its first sample."""
+    edges = [0.442, 0.631]
+    for stage, share in ((1, 0.00225), (2, 0.00178)):                # measured on 600,000 draws of the official code
+        t = torch.linspace(edges[stage - 1], [*edges, 1][stage], 200_002, dtype=torch.float64)[1:-1]
+        official = sum((999 * t > 1000 * edge).long() for edge in edges)
+        assert float((official < stage).double().mean()) == pytest.approx(share, rel=0.1)
+        assert (m.stage_of(t, edges) == stage).all()
+    assert m.stage_of(0.0, edges) == 0                               # official: no stage at all
 
 
 @torch.no_grad()
@@ -364,6 +377,11 @@ def test_clusterings_without_data():
     assert m.cluster_timesteps("time", 1)[0] == []
     blocks = torch.block_diag(*(torch.ones(n, n) for n in (30, 20, 50))).double()
     assert m.cluster_timesteps("gradient", 3, affinity=blocks)[0] == [0.31, 0.51]      # first t of a cluster
+    for n in (2, 4, 5):                                              # D7: of 1 / 2n to 3 / 2n of the levels
+        for method in ("time", "snr"):
+            edges = [0, *m.cluster_timesteps(method, n)[0], 1]
+            sizes = [b - a for a, b in zip(edges, edges[1:])]
+            assert len(sizes) == n and min(sizes) >= 0.5 / n - 0.002 and max(sizes) <= 1.5 / n + 0.002
 
 
 def test_algorithm2_orders_its_stages():
@@ -532,6 +550,20 @@ def test_edm_preconditioning():
     assert torch.allclose(seen[0][1], sigma.log().float() / 4)
 
 
+def test_v_prediction():
+    """A network that knows v exactly (D19): eps comes out, no loss; one that gives 0: the mean square of v."""
+    x0, eps, t = randn(3, 1, 8, 8), randn(3, 1, 8, 8, seed=1), torch.tensor([1e-4, 0.4, 1.0]).double()
+    a = torch.exp(-19.9 * t ** 2 / 4 - 0.1 * t / 2).view(-1, 1, 1, 1)                # alpha, of the definition
+    v = a * eps - (1 - a ** 2).sqrt() * x0
+    xt = a * x0 + (1 - a ** 2).sqrt() * eps
+    assert torch.allclose(m.vp_eps(lambda x, label, stage: v, xt, t, 0, "v"), eps, atol=1e-9)
+    assert torch.equal(m.vp_eps(lambda x, label, stage: v, xt, t, 0), v)
+    assert float(m.diffusion_loss(lambda *_: v, x0, t, eps, "vp", 0, "v")) < 1e-9
+    loss = m.diffusion_loss(lambda *_: torch.zeros_like(v), x0, t, eps, "vp", 0, "v")
+    assert float(loss) == pytest.approx(float(v.square().mean()), rel=1e-4)
+    assert {m.PRESETS["predict"][m.PRESET_NAMES.index(name)] for name in ("paper", "paper-ldm")} == {"eps"}
+
+
 @torch.no_grad()
 def test_each_evaluation_has_its_own_decoder():
     net, config, seen = net_of(tiny()), tiny(), []
@@ -675,7 +707,7 @@ def test_sample_and_evaluate(trained, tmp_path, few_images):
 def test_cluster_then_train(tmp_path, few_images):
     """Without edges, --train clusters first; the plan is found again; n stages get n decoders."""
     options = ("--preset tiny --precision fp32 --batch 4 --iters 2 --save-every 2 --samples 40 --out".split() +
-               [tmp_path, "--results", tmp_path / "r.jsonl"])
+               [tmp_path, "--results", tmp_path / "r.jsonl", "--experiment", "clustering"])
     result = start("--train", *options, "--clustering", "optimal2", "--stages", 4)
     assert result.code == 0, result.err
     plan = json.loads((tmp_path / "plan_optimal2_4.json").read_text())
@@ -794,7 +826,7 @@ def test_two_processes(trained, tmp_path):
     ("--data nonexist", ["nonexist", "fashion10k"]), ("--batch 0", ["--batch"]), ("--budget -1", ["--budget"]),
     ("--stage-probability 0.5 0.5", ["--stage-probability", "3 shares"]), ("--t-end 2", ["--t-end"]),
     ("--plan /nope/plan.json --clustering snr", None), ("--resume", ["--resume"]),
-    ("--fd-every 7", ["--fd-every"])])
+    ("--fd-every 7", ["--fd-every"]), ("--fd-every 20 --fd-n 100", ["--fd-n 100", "128 features"])])
 def test_bad_training(tmp_path, argv, words):
     options = [w for w in TINY if not ("--plan" in argv and w in ("--edges", "0.4", "0.6"))]
     result = start("--train", *options, *argv.split(), "--out", tmp_path / "out")
@@ -805,7 +837,8 @@ def test_bad_training(tmp_path, argv, words):
 def test_data_of_one_image(tmp_path):
     (tmp_path / "images").mkdir()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "images" / "a.png")
-    for argv in (["--cluster"], ["--train", "--edges", 0.4, 0.6]):
+    train = ["--train", "--edges", 0.4, 0.6]
+    for argv in (["--cluster"], train, [*train, "--space", "latent"]):                    # before the autoencoder
         one_line(start(*argv, "--preset", "tiny", "--data", tmp_path / "images", "--out", tmp_path / "out"), "image")
     assert not (tmp_path / "out").exists()
 

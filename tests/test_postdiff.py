@@ -481,6 +481,12 @@ def test_encode():
     assert tokens.tolist() == [[3, 1, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [1, 2, 3, 1]] and unknown == ["zork"]
 
 
+def test_what_a_prompt_loses_is_said(capsys):
+    p.check_prompts(["Red cat zork face", "cat"], ["cat", "face", "red"], 2)
+    assert capsys.readouterr().err.split("\n") == ["unknown words left out: zork",
+                                                   "the model reads 2 words; left out: face", ""]
+
+
 def test_a_pixels_colour_of_area_averages():
     x, captions = p.load_data("emoji", 32)
     big, y, names = common.load_images("emoji")
@@ -510,6 +516,21 @@ def test_bad_plans(changes, tmp_path):
 def test_bad_settings(options):
     with pytest.raises(ValueError):
         p.make_plan("postdiff", preset("small"), **options)
+
+
+def test_v_prediction():
+    """The same weights as v and as eps (D16), of both kinds of network; the loss is that of v."""
+    t, x0, eps = torch.tensor([3, 990]), randn(2, 3, 16, 16), randn(2, 3, 16, 16, seed=1)
+    a = ABAR[t].view(-1, 1, 1, 1)
+    v, xt = a.sqrt() * eps - (1 - a).sqrt() * x0, a.sqrt() * x0 + (1 - a).sqrt() * eps
+    assert torch.allclose(p.eps_of_v(v, xt, t), eps.double(), atol=1e-6)
+    assert p.diffusion_loss(lambda *_: (p.eps_of_v(v, xt, t), None, None), x0, t, eps, ABAR, None, "v") < 1e-9
+    zero = p.diffusion_loss(lambda xt, *_: (p.eps_of_v(0 * xt, xt, t), None, None), x0, t, eps, ABAR, None, "v")
+    assert float(zero) == pytest.approx(float(v.square().mean()), rel=1e-3)
+    for arch in p.ARCHS:
+        nets = [awake_net(dict(preset("tiny"), arch=arch, predict=kind)) for kind in ("eps", "v")]
+        plain, ours = (net(xt.float(), t, TEXT)[0] for net in nets)
+        assert torch.allclose(ours, (a.sqrt() * plain + (1 - a).sqrt() * xt).float(), atol=1e-5)
 
 
 def test_loss_by_hand_and_it_learns_from_text():

@@ -24,11 +24,11 @@ arm() {                     # NAME OPTIONS...: trains under runs/multistage/NAME
 for part in "$@"; do case $part in
   cluster)
     for n in 2 3 4 5; do
-      python multistage.py --cluster --clustering optimal2 --stages $n --out runs/multistage/plans
-      python multistage.py --cluster --clustering optimal2 --stages $n --unit-range --out runs/multistage/plans
+      python multistage.py --cluster --experiment clustering --clustering optimal2 --stages $n --out runs/multistage/plans
+      python multistage.py --cluster --experiment clustering --clustering optimal2 --stages $n --unit-range --out runs/multistage/plans
     done
-    for c in optimal time snr; do python multistage.py --cluster --clustering $c --out runs/multistage/plans; done
-    python multistage.py --cluster --unit-range --out runs/multistage/plans
+    for c in optimal time snr; do python multistage.py --cluster --experiment clustering --clustering $c --out runs/multistage/plans; done
+    python multistage.py --cluster --experiment clustering --unit-range --out runs/multistage/plans
     python results/multistage/cluster_speed.py ;;
   arms)
     arm multistage table3
@@ -38,7 +38,7 @@ for part in "$@"; do case $part in
     arm separate-tp table3 --arch separate
     arm separate-es-tp table3 --arch separate --early-stopping ;;
   clusterings)
-    python multistage.py --cluster --clustering gradient --out runs/multistage/unified
+    python multistage.py --cluster --experiment clustering --clustering gradient --out runs/multistage/unified
     arm time table4 --clustering time
     arm snr table4 --clustering snr
     arm gradient table4 --clustering gradient --plan runs/multistage/unified/plan_gradient_3.json ;;

@@ -1,0 +1,112 @@
+"""Multistage's tables and figure from results.jsonl and the training logs, for results/report.py."""
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+FOLDER = Path(__file__).resolve().parent
+WEIGHTS = FOLDER.parent.parent / "weights" / "multistage"
+ORDER = ("unified", "separate", "separate+ES", "separate+TP", "separate+ES+TP", "multistage")       # Table 3's
+
+
+def load():
+    """Lines of results.jsonl; of lines with the same conditions the newest counts."""
+    rows = {}
+    for line in (FOLDER / "results.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        key = [r.get(k) for k in ("experiment", "method", "clustering", "edges", "widths", "solver", "nfe", "seed", "n",
+                                  "images_seen", "data")]
+        rows[json.dumps([*key, r["plan"]])] = r
+    return list(rows.values())
+
+
+def pm(values, digits=2):
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def groups(rows, *experiments):
+    """Rows that differ in the seed only, in Table 3's order."""
+    found = {}
+    for r in rows:
+        if r["experiment"] in experiments:
+            key = json.dumps([r[k] for k in ("method", "clustering", "edges", "widths", "solver", "nfe")])
+            found.setdefault(key, []).append(r)
+    return sorted(found.values(), key=lambda g: (ORDER.index(g[0]["method"]), g[0]["solver"]))
+
+
+def edges_of(r):
+    return ", ".join(f"{edge:.3f}" for edge in r["edges"]) or "-"
+
+
+def table_arms(rows):
+    """Table 3: equal training MACs."""
+    out = ["| method | edges | decoders, widths | parameters | evaluations in each stage, from the data's | "
+           "MMAC / evaluation | MMAC / image | FD ↓ | IS ↑ | training images |", "| " + "--- | " * 10]
+    found = groups(rows, "table3", "table4", "table7")
+    best = min((mean(r["fd"] for r in g) for g in found), default=None)
+    for g in found:
+        r, fd = g[0], pm([r["fd"] for r in g])
+        fd = f"**{fd}**" if mean(r["fd"] for r in g) == best else fd
+        cluster = f" ({r['clustering']})" if r["clustering"] not in (None, "optimal") and r["edges"] else ""
+        out.append(f"| {r['method']} | {edges_of(r)}{cluster} | {', '.join(map(str, r['widths']))} | "
+                   f"{r['parameters']:,} | {' + '.join(map(str, r['nfe']))} | {r['macs_per_evaluation'] / 1e6:.1f} | "
+                   f"{r['macs_per_image'] / 1e6:.0f} | {fd} | {pm([r['inception_score'] for r in g])} | "
+                   f"{r['images_seen']:,} |")
+    return out
+
+
+def table_clusterings(rows):
+    """Edges by every clustering, before any training."""
+    out = ["| clustering | stages | images in | edges t | sigma | seconds |", "| " + "--- | " * 6]
+    for r in (r for r in rows if r["experiment"] == "clustering"):
+        plan = r["plan"]
+        scale = "-" if plan.get("unit_range") is None else "[0, 1]" if plan["unit_range"] else "[-1, 1]"
+        out.append(f"| {r['method']} | {plan['n']} | {scale} | {', '.join(f'{t:.3f}' for t in plan['edges'])} | "
+                   f"{', '.join(f'{s:.2f}' for s in plan['sigmas'])} | {r['seconds']:.1f} |")
+    return out
+
+
+def curves():
+    """{arm: [(training MACs, FD), ...]} of the logs: Fig. 1(d)."""
+    found = {}
+    for path in sorted(WEIGHTS.glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        points = [(line["training_macs"], line["fd"]) for line in lines if line.get("fd") is not None]
+        if points:
+            found["multistage" if path.stem == "weights" else path.stem] = points
+    return found
+
+
+def table_compute():
+    """Fig. 1(d) in numbers: where each arm's curve first reaches the last FD of the unified model's."""
+    out = ["| arm | FD along the way (training MACs, 1e12: FD) | reaches unified's last FD at | "
+           "share of unified's compute |", "| " + "--- | " * 4]
+    found = curves()
+    if "unified" not in found:
+        return out
+    total, goal = found["unified"][-1]
+    for name, points in found.items():
+        at = next((a + (b - a) * (u - goal) / (u - v) for (a, u), (b, v) in zip(points, points[1:]) if u > goal >= v),
+                  points[0][0] if points[0][1] <= goal else None)
+        steps = "; ".join(f"{macs / 1e12:.1f}: {fd:.2f}" for macs, fd in points)
+        out.append(f"| {name} | {steps} | {'not reached' if at is None else f'{at / 1e12:.1f}e12'} | "
+                   f"{'-' if at is None else f'{100 * at / total:.0f} %'} |")
+    return out
+
+
+def tables():
+    rows = load()
+    return dict(multistage=table_arms(rows), multistage_clusterings=table_clusterings(rows),
+                multistage_compute=table_compute())
+
+
+def figures(plt):
+    """Fig. 1(d): FD against training compute."""
+    fig, ax = plt.subplots(figsize=(6.5, 4))
+    for name, points in curves().items():
+        ax.plot([macs / 1e12 for macs, _ in points], [fd for _, fd in points], "o-", label=name)
+    ax.set(xlabel="training MACs, backward included, 1e12", ylabel="FD[small-fashion]@1000", yscale="log")
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(FOLDER / "fig1d.png", dpi=110)
+    plt.close(fig)

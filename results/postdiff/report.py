@@ -1,0 +1,108 @@
+"""PostDiff's tables and figures from results.jsonl and profile.json, for results/report.py."""
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = {"base": "plain", "mixed": "mixed resolution", "cache": "hybrid cache", "postdiff": "PostDiff"}
+
+
+def load():
+    """Lines of results.jsonl; of lines with the same conditions the newest counts."""
+    rows, path = {}, FOLDER / "results.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        r = json.loads(line)
+        if "fd" in r:                                                  # a calibration has its own lines
+            key = [r.get(k) for k in ("experiment", "seed", "n", "data", "images_seen", "phase")]
+            rows[json.dumps([*key, r["plan"]])] = r
+    return list(rows.values())
+
+
+def pm(values, digits):
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def groups(rows, *experiments):
+    """Rows that differ in the seed only, in order of their first line."""
+    found = {}
+    for r in rows:
+        if r["experiment"] in experiments:
+            found.setdefault(json.dumps([r["phase"], r["plan"]]), []).append(r)
+    return list(found.values())
+
+
+def table(found, reference=None):
+    """One line a plan; MACs are bold where FD is no worse than the reference's and the caption score within 2 %."""
+    out = ["| method | steps, low + full | low | full pass every | guided steps | then | MACs of 20 guided steps | "
+           "MMAC / image | s / image | FD ↓ | caption score ↑ | seeds |", "| " + "--- | " * 12]
+    for g in found:
+        r, plan = g[0], g[0]["plan"]
+        K = len(plan["taus"])
+        fd, score = mean(r["fd"] for r in g), mean(r["caption_score"] for r in g)
+        share = f"{100 * r['relative_macs']:.1f} %"
+        if reference and fd <= reference[0] and score >= 0.98 * reference[1]:
+            share = f"**{share}**"
+        out.append(f"| {NAMES[r['method']]}, {r['solver']} | {plan['n_low']} + {K - plan['n_low']} | "
+                   f"{plan['low'] if plan['n_low'] else '-'} | {plan['k']} | {plan['n_guided']} | "
+                   f"{plan['choice'] if plan['n_guided'] < K else '-'} | {share} | {r['macs_per_image'] / 1e6:.0f} | "
+                   f"{pm([r['seconds_per_image'] for r in g], 3)} | {pm([r['fd'] for r in g], 2)} | "
+                   f"{pm([r['caption_score'] for r in g], 4)} | {len(g)} |")
+    return out
+
+
+def tables():
+    rows = load()
+    main = groups(rows, "main")
+    plain = next((g for g in main if g[0]["method"] == "base" and len(g[0]["plan"]["taus"]) == 20), None)
+    goal = plain and (mean(r["fd"] for r in plain), mean(r["caption_score"] for r in plain))
+    return dict(postdiff=table(main, goal), postdiff_fewer=table(groups(rows, "fig4"), goal),
+                postdiff_cache=table(groups(rows, "table1")), postdiff_km=table(groups(rows, "table5")))
+
+
+def draw_profile(plt, found):
+    """Fig. 7 (Appendix A)."""
+    figure, (a, b) = plt.subplots(1, 2, figsize=(11, 4))
+    names = [name for part in ("down", "mid", "up") for name in found["blocks"] if name.startswith(part)]
+    image = a.imshow([found["blocks"][name] for name in names], aspect="auto", vmin=0)
+    a.set_yticks(range(len(names)), names, fontsize=6)
+    a.set(xlabel="step", title="(a) relative L1 distance of a block's outputs, step to step")
+    figure.colorbar(image, ax=a)
+    for kind, row in found["kinds"].items():
+        b.plot(range(1, len(row) + 1), row, label=kind)
+    b.set(xlabel="step", ylabel="root mean square", title="(b) distance by kind of layer", ylim=(0, None))
+    b.legend()
+    save(plt, figure, "fig7")
+
+
+def draw_trade_off(plt, rows):
+    """Figs. 4, 5: FD and caption score against relative MACs; a line a family of plans, the mean of the seeds."""
+    families = (("plain, fewer steps", lambda p: p["method"] == "base" or p["n_low"] == 0 and p["method"] == "mixed"),
+                *((f"mixed, {K} steps", lambda p, K=K: p["method"] == "mixed" and p["n_low"] and len(p["taus"]) == K)
+                  for K in (20, 16, 12, 8)),
+                ("PostDiff", lambda p: p["method"] == "postdiff"), ("hybrid cache", lambda p: p["method"] == "cache"))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    found = [g for g in groups(rows, "main", "fig4") if g[0]["solver"] == "ddim"]
+    for axis, key in zip(axes, ("fd", "caption_score")):
+        for name, of in families:
+            line = sorted((100 * g[0]["relative_macs"], mean(r[key] for r in g)) for g in found if of(g[0]["plan"]))
+            if line:
+                axis.plot(*zip(*line), "k-o" if name.startswith("plain") else "o-", markersize=4, label=name)
+        axis.set(xlabel="MACs, % of 20 guided steps", ylabel=key if key != "fd" else
+                 f"FD[{found[0][0]['extractor']}]@{found[0][0]['n']}")
+    axes[0].legend(fontsize=7)
+    save(plt, figure, "fig4")
+
+
+def save(plt, figure, name):
+    figure.tight_layout()
+    figure.savefig(FOLDER / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def figures(plt):
+    if (FOLDER / "profile.json").is_file():
+        draw_profile(plt, json.loads((FOLDER / "profile.json").read_text()))
+    rows = load()
+    if groups(rows, "main", "fig4"):
+        draw_trade_off(plt, rows)

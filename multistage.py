@@ -1417,7 +1417,12 @@ def evaluate(args, net, device, rank, world):
     if x.shape[1:] != (args.channels if args.autoencoder is None else args.autoencoder.channels, R, R):
         raise ValueError(f"--data {args.data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
                          f"'{args.config['data']}'")
-    reference, fd = feature_stats(extract(extractor, x)[0]), None
+    reference, fd, floor = feature_stats(extract(extractor, x)[0]), None, {}
+    if args.autoencoder is not None:                                   # what no latent model can be better than
+        some = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:args.n]]
+        back = to_image(encode_all(args.autoencoder, some, device).to(device), args.autoencoder)
+        floor = dict(decoded_fd=frechet_distance(feature_stats(extract(extractor, back)[0]), reference))
+        print(f"{len(some)} images through the autoencoder: FD[{name}]@{len(some)} {floor['decoded_fd']:.3f}")
     for plan in [get_plan(args, *job) for job in itertools.product(args.solver, args.steps)]:
         for seed in range(args.seed, args.seed + args.seeds):
             seeds, begun = range(seed * args.n, (seed + 1) * args.n), time.time()
@@ -1430,7 +1435,7 @@ def evaluate(args, net, device, rank, world):
             fd, (score, _) = frechet_distance(feature_stats(mine), reference), inception_score(logits)
             append_result(args, device, plan, args.experiment or "evaluate", seed=seed, n=args.n,
                           extractor=name, fd=fd, inception_score=score, seconds_per_image=seconds / args.n,
-                          processes=world)
+                          processes=world, **floor)
             print(f"{method_name(args.config)} {plan['solver']} {plan['nfe']} evaluations, seed {seed}: "
                   f"FD[{name}]@{args.n} {fd:.3f}, score {score:.2f}, {seconds:.0f} s")
     return fd

@@ -125,7 +125,7 @@ def test_one_stage_is_the_plain_network():
     x, t = randn(3, 1, 16, 16, dtype=torch.float32), torch.tensor([0.0, 500.0, 999.0])
     assert torch.equal(net(x, t), other.to(memory_format=torch.channels_last)(x, t))
     eps_model = c2f_trd.UNet.forward.__get__(other)
-    a = m.run_sampler(lambda x, label, stage: net(x, label, stage), dict(config, edges=[]), x, "dpm3", 5)
+    a = m.run_sampler(lambda x, label, stage: net(x, label, stage), dict(config, predict="eps"), x, "dpm3", 5)
     b = m.dpm_solver_sample(lambda x, t: eps_model(x, torch.full((3,), 999 * t)), x, 5)
     assert torch.equal(a, b)
 
@@ -750,7 +750,7 @@ def test_arms(tmp_path, few_images, argv, name):
         with torch.no_grad():
             for s in range(3):
                 level = m.stage_levels(u.double(), s, [0.4, 0.6], "vp")
-                loss = float(m.diffusion_loss(net.eval(), x, level, z, "vp", torch.full((50,), s)))
+                loss = float(m.diffusion_loss(net.eval(), x, level, z, "vp", torch.full((50,), s), "v"))
                 assert loss == pytest.approx(saved["best_loss"][s], rel=1e-4)
 
 
@@ -771,7 +771,8 @@ def test_latent_space(tmp_path, few_images):
     result = start("--sample", "--evaluate", "--n", 140, "--steps", 6, "--checkpoint", first, *options[-4:])
     assert result.code == 0, result.err
     line = lines_of(tmp_path / "r.jsonl")[-1]
-    assert (line["solver"], line["space"], sum(line["nfe"])) == ("dpm2m", "latent", 6) and line["fd"] > 0
+    assert (line["solver"], line["space"], sum(line["nfe"])) == ("dpm2m", "latent", 6)
+    assert line["fd"] > 0 and line["decoded_fd"] > 0
     assert Image.open(tmp_path / "samples.png").size[0] == 8 * 66              # decoded: 32x32, drawn twice as large
     time.sleep(1.1)                                                            # another folder name
     result = start("--train", *options, "--iters", 2, "--arch", "unified")

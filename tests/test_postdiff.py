@@ -95,7 +95,8 @@ def test_stable_diffusions_network(sd):
 def test_network_is_diffusers():
     """The same weights in UNet2DConditionModel give the same eps_hat."""
     diffusers = pytest.importorskip("diffusers")
-    config = preset("tiny", ch=16, mult=[1, 2, 2], attention=[0, 1], heads=2, c_text=12, patch=1, blocks=2)
+    config = preset("tiny", ch=16, mult=[1, 2, 2], attention=[0, 1], heads=2, c_text=12, patch=1, blocks=2,
+                    predict="eps")
     torch.manual_seed(0)
     theirs = diffusers.UNet2DConditionModel(
         block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=4, norm_eps=1e-6, cross_attention_dim=12,
@@ -774,7 +775,7 @@ def test_token_grid():
 # ---------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def dit():
-    net = awake_net(preset("tiny", arch="dit"))
+    net = awake_net(preset("tiny", arch="dit", predict="eps"))
     for i, w in enumerate(net.parameters()):
         if not w.any():                                                        # zeros hide a path
             w.copy_(0.3 * randn(*w.shape, seed=i))

@@ -1,24 +1,25 @@
 #!/bin/sh
 # The measurements of results/multistage, in parts: sh results/multistage/run.sh PART, PART one of
 #   cluster     edges by every clustering (gradient: after `arms`), speed of the optimal denoiser: 10 minutes
-#   arms        Table 3 and Fig. 1(d): six arms of equal training MACs (82.5e12: 5,000 steps of 128 images unified)
+#   arms        Table 3 and Fig. 1(d): arms of equal training MACs (30e12: 1,818 steps of 128 images unified)
+#   more        the other arms of Table 3
 #   clusterings Table 4: three more clusterings (the fourth is `arms`' multistage)
 #   stages      Table 7: n = 2, 4, 5 (1 and 3 are in `arms`)
 #   edm         Table 1: unified and multistage EDM, stages as drawn by EDM and in equal shares
+#   latent      Table 1, LDM: an autoencoder once, unified and multistage on its latents
 #   tables      cells of the paper
-# A training arm of 82.5e12 MACs: c2f_trd.py trains the same network at about 220 images/s on two cores beside
-# other work, so 640,000 images take 50 minutes, and as many more for FD along the way (10 x 2,000 images of 20
-# evaluations: 15 minutes). Estimates: arms 6.5 hours, clusterings 3.3, stages 3.3, edm 3.3; then 10 minutes
-# an arm for three seeds of FD. PROCESSES=1 runs without torchrun.
+# An arm takes 25 minutes of one CPU core (160 images/s), 8 more for FD of 1,000 images on the way, and 10 for three
+# seeds of FD: 45 minutes. BUDGET= sets other training MACs, PROCESSES=2 takes two cores to an arm. The weights.pt and
+# log.jsonl of the arms are in weights/multistage.
 set -e
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
-BUDGET=${BUDGET:-82.5e12}
-go="torchrun --nproc_per_node=${PROCESSES:-2} -- multistage.py"
-[ "${PROCESSES:-2}" = 1 ] && go="python multistage.py"
-arm() {                     # NAME OPTIONS...: trains under runs/multistage/NAME, evaluates with three seeds
+BUDGET=${BUDGET:-30e12}
+go="torchrun --nproc_per_node=${PROCESSES:-1} -- multistage.py"
+[ "${PROCESSES:-1}" = 1 ] && go="python multistage.py"
+arm() {                     # NAME TABLE OPTIONS...: trains under runs/multistage/NAME, evaluates with three seeds
   name=$1; shift; table=$1; shift
-  $go --train --budget "$BUDGET" --fd-every 500 --out "runs/multistage/$name" "$@"
+  $go --train --budget "$BUDGET" --save-every 300 --fd-every 300 --fd-n 1000 --out "runs/multistage/$name" "$@"
   $go --evaluate --seeds 3 --experiment "$table" --out "runs/multistage/$name"
 }
 for part in "$@"; do case $part in
@@ -33,10 +34,11 @@ for part in "$@"; do case $part in
   arms)
     arm multistage table3
     arm unified table3 --arch unified
+    arm separate-es-tp table3 --arch separate --early-stopping ;;
+  more)
     arm separate table3 --arch separate --widths 24 24 24
     arm separate-es table3 --arch separate --widths 24 24 24 --early-stopping
-    arm separate-tp table3 --arch separate
-    arm separate-es-tp table3 --arch separate --early-stopping ;;
+    arm separate-tp table3 --arch separate ;;
   clusterings)
     python multistage.py --cluster --experiment clustering --clustering gradient --out runs/multistage/unified
     arm time table4 --clustering time
@@ -48,6 +50,9 @@ for part in "$@"; do case $part in
     arm edm table1 --arch unified --diffusion edm
     arm edm-multistage table1 --diffusion edm
     arm edm-equal table1 --diffusion edm --stage-probability 0.3334 0.3333 0.3333 ;;
+  latent)
+    arm latent "table1 ldm" --space latent
+    arm latent-unified "table1 ldm" --space latent --arch unified --autoencoder runs/multistage/latent/autoencoder.pt ;;
   tables)
     python multistage.py --ledger ;;
   *) echo "no part '$part'" >&2; exit 1 ;;

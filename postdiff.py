@@ -51,9 +51,10 @@ D15 LCM in small (--train --distill): LCM's distillation with our network's x0_h
     c_skip, c_out), its errors times sqrt(alpha_bar); w uniform in 1 .. 2w - 1, captions not dropped; with fewer
     than lcm_skip training steps left, the goal is the teacher's x0_hat. Its sampler: x0_hat, re-noised. A DiT in small
     (--arch dit): PixArt's blocks, as wide as the U-Net's bottom.
-D16 24 channels cannot hand the 12 colours of a token through to eps_hat, which next to the noise needs them precisely.
-    Preset small predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 and is trained on it (as Stable Diffusion 2);
-    the network turns it into eps_hat itself, so nothing else knows. Preset paper: eps, as Stable Diffusion 1.
+D16 24 channels cannot hand the 12 colours of a noisy token on, as eps_hat (and v) need them: trained so, preset small
+    leaves noise on its images. A clean token is simpler: it predicts x0, and its loss is that of v but for the last
+    noise (weight 1 / max(1 - alpha_bar, 0.01)). The network turns x0_hat into eps_hat itself, so nothing else knows.
+    Preset paper: eps, as Stable Diffusion.
 Not here: SDXL's kind in small (it is in --ledger and --pipeline); the methods that the paper compares with.
 """
 import argparse
@@ -113,7 +114,7 @@ PRESETS = {
     "tokens":           (6,         12,           77),           # words of a caption at most
     "patch":            (2,         2,            1),            # pixels per side of a token
     "dropout":          (0.0,       0.0,          0.0),
-    "predict":          ("v",       "v",          "eps"),        # what the network gives before it is eps_hat (D16)
+    "predict":          ("x0",      "x0",         "eps"),        # what the network gives before it is eps_hat (D16)
     "drop":             (0.1,       0.1,          0.1),          # share of captions dropped for guidance
     "w":                (2.0,       3.0,          7.5),          # guidance weight
     "batch":            (16,        128,          2048),         # global, all processes
@@ -240,10 +241,10 @@ class TextEncoder(nn.Module):
         return self.norm(self.word(tokens) + self.position)
 
 
-def eps_of_v(v_hat, xt, t):
-    """eps_hat of a network that predicts v (D16), at step t (B,)."""
+def eps_of_x0(x0_hat, xt, t):
+    """eps_hat of a network that predicts x0 (D16), at step t (B,)."""
     a = linear_alpha_bar(T).to(xt.device)[t].view(-1, 1, 1, 1)
-    return (a.sqrt() * v_hat + (1 - a).sqrt() * xt).to(xt.dtype)
+    return ((xt - a.sqrt() * x0_hat) / (1 - a).sqrt()).to(xt.dtype)
 
 
 # differs: text by cross-attention, and a forward pass that can start from a cache
@@ -327,7 +328,7 @@ class UNet(nn.Module):
                 deep = h
             h = run(self.up[i], torch.cat([h, skips.pop()], dim=1))
         h = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
-        return h if self.predict == "eps" else eps_of_v(h, xt, t), deep, used
+        return h if self.predict == "eps" else eps_of_x0(h, xt, t), deep, used
 
 
 # differs: PixArt's, with text
@@ -390,7 +391,7 @@ class DiT(nn.Module):
         shift, scale = (self.shift_scale + emb[:, None])[:, :, None].unbind(1)
         h = (self.norm_out(h) * (1 + scale) + shift).transpose(1, 2).unflatten(2, size)
         h = F.pixel_shuffle(self.conv_out(h), self.patch)
-        return h if self.predict == "eps" else eps_of_v(h, xt, t), None, used
+        return h if self.predict == "eps" else eps_of_x0(h, xt, t), None, used
 
 
 # differs: its arguments are those of this network
@@ -457,9 +458,12 @@ def switch_resolution(x0_hat, eps, t, alpha_bar):
 # ---------------------------------------------------------------------------------------------
 # differs: the network takes text and returns caches
 def diffusion_loss(net, x0, t, eps, alpha_bar, text, predict="eps"):
-    """DDPM's simple loss: mean squared error of eps_hat, or of v_hat: that of eps_hat / sqrt(alpha_bar) (D16)."""
-    error = net(add_noise(x0, eps, t, alpha_bar), t, text)[0].float() - eps
-    return (error if predict == "eps" else error / alpha_bar.to(t.device)[t].view(-1, 1, 1, 1).sqrt()).square().mean()
+    """DDPM's simple loss: mean squared error of eps_hat; of a network that predicts x0: of v_hat, nearly (D16)."""
+    error = (net(add_noise(x0, eps, t, alpha_bar), t, text)[0].float() - eps).square()
+    if predict == "x0":
+        a = alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
+        error = error * (1 - a) / a / (1 - a).clamp(min=0.01)          # of x0_hat, then the weight
+    return error.mean()
 
 
 def consistency_loss(net, target, teacher, x0, t, t_next, eps, alpha_bar, text, null, w):

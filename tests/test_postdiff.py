@@ -519,19 +519,22 @@ def test_bad_settings(options):
         p.make_plan("postdiff", preset("small"), **options)
 
 
-def test_v_prediction():
-    """The same weights as v and as eps (D16), of both kinds of network; the loss is that of v."""
-    t, x0, eps = torch.tensor([3, 990]), randn(2, 3, 16, 16), randn(2, 3, 16, 16, seed=1)
+def test_x0_prediction():
+    """The same weights as x0 and as eps (D16), of both kinds of network; the loss is that of v, less at the end."""
+    t, x0, eps = torch.tensor([10, 990]), randn(2, 3, 16, 16), randn(2, 3, 16, 16, seed=1)
     a = ABAR[t].view(-1, 1, 1, 1)
-    v, xt = a.sqrt() * eps - (1 - a).sqrt() * x0, a.sqrt() * x0 + (1 - a).sqrt() * eps
-    assert torch.allclose(p.eps_of_v(v, xt, t), eps.double(), atol=1e-6)
-    assert p.diffusion_loss(lambda *_: (p.eps_of_v(v, xt, t), None, None), x0, t, eps, ABAR, None, "v") < 1e-9
-    zero = p.diffusion_loss(lambda xt, *_: (p.eps_of_v(0 * xt, xt, t), None, None), x0, t, eps, ABAR, None, "v")
-    assert float(zero) == pytest.approx(float(v.square().mean()), rel=1e-3)
+    xt = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    assert torch.allclose(p.eps_of_x0(x0, xt, t), eps.double(), atol=1e-6)
+    assert p.diffusion_loss(lambda *_: (p.eps_of_x0(x0, xt, t), None, None), x0, t, eps, ABAR, None, "x0") < 1e-9
+    found = p.diffusion_loss(lambda xt, *_: (p.eps_of_x0(0 * xt, xt, t), None, None), x0, t, eps, ABAR, None, "x0")
+    v, guess = ((a.sqrt() * xt - x) / (1 - a).sqrt() for x in (x0, 0 * x0))              # v = (a xt - x0) / b
+    weight = torch.tensor([float(1 - a[0]) / 0.01, 1]).view(-1, 1, 1, 1)                     # below 0.01: less
+    assert weight[0] < 1
+    assert float(found) == pytest.approx(float((weight * (v - guess).square()).mean()), rel=1e-3)
     for arch in p.ARCHS:
-        nets = [awake_net(dict(preset("tiny"), arch=arch, predict=kind)) for kind in ("eps", "v")]
+        nets = [awake_net(dict(preset("tiny"), arch=arch, predict=kind)) for kind in ("eps", "x0")]
         plain, ours = (net(xt.float(), t, TEXT)[0] for net in nets)
-        assert torch.allclose(ours, (a.sqrt() * plain + (1 - a).sqrt() * xt).float(), atol=1e-5)
+        assert torch.allclose(ours, ((xt - a.sqrt() * plain) / (1 - a).sqrt()).float(), atol=1e-4)
 
 
 def test_loss_by_hand_and_it_learns_from_text():

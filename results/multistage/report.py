@@ -102,6 +102,8 @@ def tables():
 
 def figures(plt):
     """Fig. 1(d): FD against training compute."""
+    if not curves():
+        return
     fig, ax = plt.subplots(figsize=(6.5, 4))
     for name, points in curves().items():
         ax.plot([macs / 1e12 for macs, _ in points], [fd for _, fd in points], "o-", label=name)

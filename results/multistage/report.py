@@ -56,13 +56,14 @@ def table_arms(rows):
 
 
 def table_clusterings(rows):
-    """Edges by every clustering, before any training."""
-    out = ["| clustering | stages | images in | edges t | sigma | seconds |", "| " + "--- | " * 6]
-    for r in (r for r in rows if r["experiment"] == "clustering"):
-        plan = r["plan"]
-        scale = "-" if plan.get("unit_range") is None else "[0, 1]" if plan["unit_range"] else "[-1, 1]"
-        out.append(f"| {r['method']} | {plan['n']} | {scale} | {', '.join(f'{t:.3f}' for t in plan['edges'])} | "
-                   f"{', '.join(f'{s:.2f}' for s in plan['sigmas'])} | {r['seconds']:.1f} |")
+    """Edges by every clustering, before any training; of repeated ones the last."""
+    out = ["| clustering | stages | images in | edges t | sigma |", "| " + "--- | " * 5]
+    found = {(r["plan"]["n"], r["method"], r["plan"].get("unit_range")): r["plan"]
+             for r in rows if r["experiment"] == "clustering"}
+    for (n, method, unit), plan in sorted(found.items(), key=lambda item: (item[0][0], item[0][1], str(item[0][2]))):
+        scale = "-" if unit is None or method in ("time", "snr") else "[0, 1]" if unit else "[-1, 1]"
+        out.append(f"| {method} | {n} | {scale} | {', '.join(f'{t:.3f}' for t in plan['edges'])} | "
+                   f"{', '.join(f'{s:.2f}' for s in plan['sigmas'])} |")
     return out
 
 

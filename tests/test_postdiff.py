@@ -976,7 +976,7 @@ def test_train(trained):
     assert (saved["script"], saved["phase"], saved["step"], saved["images_seen"]) == ("postdiff", "base", 20, 160)
     assert len(saved["words"]) == 1791 and "cat" in saved["words"] and not equal(saved["net"], saved["ema"])
     log = lines_of(trained.run / "log.jsonl")
-    assert [line["step"] for line in log] == [5, 10, 15, 20] and 0 < log[-1]["loss"] < log[0]["loss"] < 2
+    assert [line["step"] for line in log] == [5, 10, 15, 20] and 0 < log[-1]["loss"] < log[0]["loss"] < 20
     assert not list(trained.out.rglob("*.part"))
     small, large = ((trained.run / name).stat().st_size for name in ("weights.pt", "checkpoint.pt"))
     assert small < large / 3

@@ -99,10 +99,21 @@ def table_latent(rows):
     return out
 
 
+def table_where():
+    """where.py's rows."""
+    out = ["| model | what | NFE at each resolution | FD ↓ | IS ↑ |", "| " + "--- | " * 5]
+    path = FOLDER / "where.json"
+    for r in json.loads(path.read_text()) if path.is_file() else ():
+        name = {"edm-cond": "EDM", "two-cond": "LowDiff 16-32", "cdm-cond": "CDM 16-32"}[r["checkpoint"]]
+        out.append(f"| {name} | {r['what']} | {' + '.join(map(str, r['nfe']))} | {r['fd']:.2f} | "
+                   f"{r['inception_score']:.2f} |")
+    return out
+
+
 def tables():
     rows = load()
     return dict(lowdiff=table_lowdiff(rows), lowdiff_speed=table_speed(), lowdiff_ablations=table_ablations(rows),
-                lowdiff_latent=table_latent(rows))
+                lowdiff_latent=table_latent(rows), lowdiff_where=table_where())
 
 
 def figures(plt):

@@ -56,12 +56,12 @@ def measure(label, checkpoint, real=None, **options):
     save_json(ROOT / "results" / "lowdiff" / "where.json", rows)
 
 
-measure("EDM", "edm-cond")
-measure("EDM, half the steps", "edm-cond", steps=[9])
-measure("LowDiff 16-32, the paper's plan", "two-cond")
+measure("as it is", "edm-cond")
+measure("half the steps", "edm-cond", steps=[9])
+measure("the paper's plan", "two-cond")
 measure("twice the steps at 32x32", "two-cond", steps=[18, 18])
 measure("low stage to its end", "two-cond", truncate=[35])
 measure("condition: real images, the plan's noise", "two-cond", real=1.088)
 measure("condition: real images, noise 0.14", "two-cond", real=0.14)
 measure("condition: real images, noise 0.01", "two-cond", real=0.01)
-measure("CDM, condition: real images, noise 0.14", "cdm-cond", real=0.14)
+measure("condition: real images, noise 0.14", "cdm-cond", real=0.14)

@@ -109,6 +109,8 @@ def figures(plt):
     for name, points in curves().items():
         ax.plot([macs / 1e12 for macs, _ in points], [fd for _, fd in points], "o-", label=name)
     ax.set(xlabel="training MACs, backward included, 1e12", ylabel="FD[small-fashion]@1000", yscale="log")
+    ax.set_yticks([2, 3, 4, 5, 6, 8, 10], [2, 3, 4, 5, 6, 8, 10])
+    ax.minorticks_off()
     ax.legend()
     fig.tight_layout()
     fig.savefig(FOLDER / "fig1d.png", dpi=110)

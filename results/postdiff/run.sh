@@ -1,16 +1,16 @@
 #!/bin/sh
 # The measurements of results/postdiff, in parts: sh results/postdiff/run.sh PART..., PART one of
-#   train     the model, 90 minutes of one CPU core; then copy its weights.pt and log.jsonl to weights/postdiff
-#   main      plain 20 and 8 steps, mixed, hybrid cache, PostDiff: three seeds, 40 minutes
-#   fewer     Figs. 4, 5: fewer steps or cheaper steps; one seed, 40 minutes
-#   cache     Table 1: the cache choices; Table 5: k and m; one seed, 25 minutes
+#   train     the model, 100 minutes of one CPU core; then copy its weights.pt and log.jsonl to weights/postdiff
+#   main      plain 20 and 8 steps, mixed, hybrid cache, PostDiff: three seeds, 20 minutes
+#   fewer     Figs. 4, 5: fewer steps or cheaper steps; one seed, 20 minutes
+#   cache     Table 1: the cache choices; Table 5: k and m; one seed, 15 minutes
 #   rows      rows of images; Appendix A's profile: 5 minutes
 #   calibrate Appendix D, Fig. 9: do small sets rank s as a large one does?  Then Sec. 2.4's calibration
 #   solver    DPM-Solver++ instead of DDIM
 #   guidance  what the weight w does to plain sampling
 #   finetune  Appendix F, Table 7: on the fixed resolution schedule, before and after
 #   kinds     Table 2's other kinds in small: an LCM, distilled from the model; a DiT, trained like it
-# Plain 20 steps are 2.4 GMACs an image: 1,000 images take 4 to 5 minutes of a core. n is 1,000: FD compares at equal
+# Plain 20 steps are 2.4 GMACs an image: 1,000 images take 2 minutes of a core. n is 1,000: FD compares at equal
 # n only. `python results/report.py` makes the tables and figures.
 set -e
 cd "$(dirname "$0")/../.."
@@ -19,7 +19,7 @@ run="python postdiff.py --checkpoint weights/postdiff/weights.pt"
 evaluate="$run --evaluate --n 1000"
 for part in "$@"; do case $part in
   train)
-    python postdiff.py --train --iters 4000 ;;
+    python postdiff.py --train --iters 3600 ;;
   main)
     $evaluate --method base mixed cache postdiff --seeds 3 --experiment main
     $evaluate --method base --steps 8 --seeds 3 --experiment main ;;

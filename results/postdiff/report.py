@@ -40,13 +40,14 @@ def table(found, reference=None):
         r, plan = g[0], g[0]["plan"]
         K = len(plan["taus"])
         fd, score = mean(r["fd"] for r in g), mean(r["caption_score"] for r in g)
+        name = NAMES["base" if plan["n_low"] == 0 and r["method"] == "mixed" else r["method"]]
         share = f"{100 * r['relative_macs']:.1f} %"
         if reference and fd <= reference[0] and score >= 0.98 * reference[1]:
             share = f"**{share}**"
-        out.append(f"| {NAMES[r['method']]}, {r['solver']} | {plan['n_low']} + {K - plan['n_low']} | "
+        out.append(f"| {name}, {r['solver']} | {plan['n_low']} + {K - plan['n_low']} | "
                    f"{plan['low'] if plan['n_low'] else '-'} | {plan['k']} | {plan['n_guided']} | "
                    f"{plan['choice'] if plan['n_guided'] < K else '-'} | {share} | {r['macs_per_image'] / 1e6:.0f} | "
-                   f"{pm([r['seconds_per_image'] for r in g], 3)} | {pm([r['fd'] for r in g], 2)} | "
+                   f"{pm([r['seconds_per_image'] for r in g], 3)} | {pm([r['fd'] for r in g], 3)} | "
                    f"{pm([r['caption_score'] for r in g], 4)} | {len(g)} |")
     return out
 
@@ -56,7 +57,7 @@ def tables():
     main = groups(rows, "main")
     plain = next((g for g in main if g[0]["method"] == "base" and len(g[0]["plan"]["taus"]) == 20), None)
     goal = plain and (mean(r["fd"] for r in plain), mean(r["caption_score"] for r in plain))
-    return dict(postdiff=table(main, goal), postdiff_fewer=table(groups(rows, "fig4"), goal),
+    return dict(postdiff=table(main, goal), postdiff_fewer=table(groups(rows, "fig4", "aim"), goal),
                 postdiff_cache=table(groups(rows, "table1")), postdiff_km=table(groups(rows, "table5")))
 
 
@@ -77,18 +78,24 @@ def draw_profile(plt, found):
 
 def draw_trade_off(plt, rows):
     """Figs. 4, 5: FD and caption score against relative MACs; a line a family of plans, the mean of the seeds."""
+    def usual(plan):
+        return 2 * plan["n_low"] == len(plan["taus"]) and plan["k"] == 2
+
     families = (("plain, fewer steps", lambda p: p["method"] == "base" or p["n_low"] == 0 and p["method"] == "mixed"),
                 *((f"mixed, {K} steps", lambda p, K=K: p["method"] == "mixed" and p["n_low"] and len(p["taus"]) == K)
                   for K in (20, 16, 12, 8)),
-                ("PostDiff", lambda p: p["method"] == "postdiff"), ("hybrid cache", lambda p: p["method"] == "cache"))
+                ("PostDiff, fewer steps", lambda p: p["method"] == "postdiff" and usual(p)),
+                ("PostDiff, other settings", lambda p: p["method"] == "postdiff" and not usual(p)),
+                ("hybrid cache", lambda p: p["method"] == "cache"))
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    found = [g for g in groups(rows, "main", "fig4") if g[0]["solver"] == "ddim"]
+    found = [g for g in groups(rows, "main", "fig4", "aim") if g[0]["solver"] == "ddim"]
     for axis, key in zip(axes, ("fd", "caption_score")):
         for name, of in families:
             line = sorted((100 * g[0]["relative_macs"], mean(r[key] for r in g)) for g in found if of(g[0]["plan"]))
             if line:
-                axis.plot(*zip(*line), "k-o" if name.startswith("plain") else "o-", markersize=4, label=name)
-        axis.set(xlabel="MACs, % of 20 guided steps", ylabel=key if key != "fd" else
+                style = "k-o" if name.startswith("plain") else "o-" if "steps" in name else "x"
+                axis.plot(*zip(*line), style, markersize=5, label=name)
+        axis.set(xlabel="MACs, % of 20 guided steps", ylabel="caption score" if key != "fd" else
                  f"FD[{found[0][0]['extractor']}]@{found[0][0]['n']}")
     axes[0].legend(fontsize=7)
     save(plt, figure, "fig4")

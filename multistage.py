@@ -18,7 +18,7 @@ Run (README.md has more):
     python multistage.py --ledger                            # Tables 2, 4, 5, 6, 7: parameters, MACs, edges
 
 Expect (small preset, fashion10k): --cluster finds edges .517 and .706 in 20 s of one CPU core; --ledger
-    takes as long. --train: 5,000 steps, 640,000 images, 70 minutes; the shipped weights saw a third (--budget 30e12).
+    takes as long. --train: 5,000 steps, 640,000 images, 80 minutes; the shipped weights saw a third (--budget 30e12).
 
 Symbols: t in [0, 1] -> t; s_t, sigma_t -> scale_of, sigma_of (xt = scale (x0 + sigma eps)); t_1, t_2 -> edges,
 stage 0 is next to the data; D, S -> similarity; eta, alpha, K -> ETA, ALPHA, samples; lambda -> lam = -log sigma;
@@ -48,8 +48,8 @@ D10 Early stopping: the last tenth of the images (at most 1000) is not trained o
 D11 Preset paper: the official DDPM++ with FIR resampling and input pyramid: parameters to the integer. One
     number of groups per decoder (official: per layer); edges are edges (official: 999 t against 1000 t_1).
 D12 --t-end 1e-4 is the official command's, 1e-3 its configuration's; nothing follows the last step.
-D13 Preset small is c2f_trd.py's network, its decoders 1.5, 1 and 1/3 as wide as the encoder (the paper: 1.5, 1 and
-    1/8). For other numbers of stages Eq. 23, on widths: the paper's own Table 7 does not follow Eq. 23.
+D13 Preset small is c2f_trd.py's network (but D19), its decoders 1.5, 1 and 1/3 as wide as the encoder (the paper:
+    1.5, 1 and 1/8). For other numbers of stages Eq. 23, on widths: the paper's own Table 7 does not follow Eq. 23.
 D14 Constant learning rate, as the paper: points of one curve compare (--decay lets it fall at the end).
 D15 Preset paper-ldm has attention in the first decoder only, as the official class by an oversight (a variable
     is not reset); Table 6 is of this network. One attention head here (official: 32 channels each).
@@ -60,8 +60,9 @@ D17 DPM-Solver++ 2M takes its last step at first order: evenly spaced in t, it i
     extrapolation makes N(0, 1) data 1.15 times too wide (official: multistep to the end, t_end 1e-3, 1.10).
 D18 EDM here has the VP preset's learning rate, EMA, dropout, flips and gradient clipping, not EDM's own.
 D19 A decoder 8 wide cannot hand xt through to eps_hat, which needs it next to the noise most precisely of all: preset
-    small trained on eps gives noise. Its VP networks predict v = s (eps - sigma x0) and are trained on it; the
-    samplers get eps_hat = s (v_hat + sigma xt). Presets of the paper: eps, as the official code.
+    small trained on eps gave noise (FD 26 after 115,000 images, 5.5 with v). Its VP networks, the unified one too,
+    predict v = s (eps - sigma x0) and are trained on it; the samplers get eps_hat = s (v_hat + sigma xt). Presets
+    of the paper: eps, as the official code.
 Not here: the paper's Fig. 2; EDM's own network.
 """
 import argparse

@@ -18,7 +18,7 @@ Run (README.md has more):
 
 Expect (small preset, emoji at 32x32, counted by --ledger's counter): 1.67 million parameters, 60 MMACs a pass; of
     the MACs of 20 guided steps, mixed resolution takes 62.7 %, DeepCache 61.6 %, all of PostDiff 33.5 %, and 8
-    plain steps 40 %. What that does to FD and caption score: README.md. Training: 100 images/s on one CPU core; the
+    plain steps 40 %. What that does to FD and caption score: README.md. Training: 80 images/s on one busy CPU core; the
     shipped weights saw 460,800 images (--iters 3600). 1,000 images of 20 plain steps take two minutes.
 
 Symbols: T (denoising steps) -> K, their sequence -> taus; x^l, x^f -> low and full resolution; beta, s, k, m, w as in
@@ -49,13 +49,13 @@ D13 Preset small is no latent model: pixels, 32x32 by area averages, 2x2 a token
 D14 The text encoder is an embedding of words and positions; the null text is all padding. Captions are dropped with
     probability 0.1 in training. Unknown words are named and left out.
 D15 LCM in small (--train --distill): LCM's distillation with our network's x0_hat as the consistency function (no
-    c_skip, c_out), its errors times sqrt(alpha_bar); w uniform in 1 .. 2w - 1, captions not dropped; with fewer
-    than lcm_skip training steps left, the goal is the teacher's x0_hat. Its sampler: x0_hat, re-noised. A DiT in small
-    (--arch dit): PixArt's blocks, as wide as the U-Net's bottom.
+    c_skip, c_out), its errors times sqrt(alpha_bar) if it predicts eps; w uniform in 1 .. 2w - 1, captions not
+    dropped; with fewer than lcm_skip training steps left, the goal is the teacher's x0_hat. Its sampler: x0_hat,
+    re-noised. A DiT in small (--arch dit): PixArt's blocks, as wide as the U-Net's bottom.
 D16 24 channels cannot hand the 12 colours of a noisy token on, as eps_hat (and v) need them: trained so, preset small
-    leaves noise on its images. A clean token is simpler: it predicts x0, and its loss is that of v but for the last
-    noise (weight 1 / max(1 - alpha_bar, 0.01)). The network turns x0_hat into eps_hat itself, so nothing else knows.
-    Preset paper: eps, as Stable Diffusion.
+    still left noise on its images after 100,000. A clean token is simpler: it predicts x0, and its loss is that
+    of v but for the last noise (weight 1 / max(1 - alpha_bar, 0.01)). The network turns x0_hat into eps_hat
+    itself, so nothing else knows. Preset paper: eps, as Stable Diffusion.
 Not here: SDXL's kind in small (it is in --ledger and --pipeline); the methods that the paper compares with.
 """
 import argparse
@@ -467,7 +467,7 @@ def diffusion_loss(net, x0, t, eps, alpha_bar, text, predict="eps"):
     return error.mean()
 
 
-def consistency_loss(net, target, teacher, x0, t, t_next, eps, alpha_bar, text, null, w):
+def consistency_loss(net, target, teacher, x0, t, t_next, eps, alpha_bar, text, null, w, predict="eps"):
     """Latent consistency distillation (Luo et al. 2023): from xt, the net's x0_hat shall be the target's (its EMA)
     after a DDIM step of the teacher, guided by w (B,), to t_next (-1: clean, the teacher's own x0_hat; D15)."""
     xt, of_image = add_noise(x0, eps, t, alpha_bar), (-1, 1, 1, 1)
@@ -478,7 +478,7 @@ def consistency_loss(net, target, teacher, x0, t, t_next, eps, alpha_bar, text, 
         goal = predict_x0(x_next, s, target(x_next, s, text, w=w)[0].float(), alpha_bar)
         goal = torch.where((t_next < 0).view(of_image), x0_teacher, goal)
     x0_hat = predict_x0(xt, t, net(xt, t, text, w=w)[0].float(), alpha_bar)
-    a = alpha_bar.to(x0.device)[t].view(of_image).float()      # so that errors of eps_hat count alike at all t (D15)
+    a = alpha_bar.to(x0.device)[t].view(of_image).float() if predict == "eps" else torch.ones((), device=x0.device)
     return (a.sqrt() * ((x0_hat - goal).square() + 1e-6).sqrt()).mean()        # pseudo-Huber, as LCM's
 
 
@@ -1058,7 +1058,7 @@ def train(args, device, rank, world):
             if lcm:
                 t_next = (t - args.lcm_skip).clamp(min=-1)
                 loss = consistency_loss(model, ema, teacher, x0, t, t_next, eps, alpha_bar, text,
-                                        torch.zeros_like(text), w)
+                                        torch.zeros_like(text), w, args.predict)
             else:
                 loss = diffusion_loss(model, x0, t, eps, alpha_bar, text, args.predict)
         optimizer.zero_grad(set_to_none=True)
@@ -1545,6 +1545,8 @@ def ledger(path):
                 note="0.04 % of the paper's count is not explained" if kind == "SDXL" and name == "8 steps" else "")
     if path:
         save_json(path, rows)
+    else:
+        print("ledger.json is left as it was: the cells of SDXL and PixArt need diffusers (pip install diffusers)")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Where LowDiff's FD is lost: EDM with fewer steps; the high-resolution stage with more steps, and with conditions made
 of real images instead of the low-resolution stage's.
 
-    python results/lowdiff/where.py        # writes results/lowdiff/where.json, 15 minutes of one CPU core
+    python results/lowdiff/where.py        # writes results/lowdiff/where.json, 20 minutes of one CPU core
 
 FD[small-fashion]@1000, models with labels, seeds 7000 .. 7999 as in the ablations.
 """

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The measurements of results/multistage, in parts: sh results/multistage/run.sh PART, PART one of
-#   cluster     edges by every clustering (gradient: after `arms`), speed of the optimal denoiser: 10 minutes
+#   cluster     edges by every clustering but gradient, speed of the optimal denoiser: 10 to 20 minutes
 #   arms        Table 3 and Fig. 1(d): arms of equal training MACs (30e12: 1,818 steps of 128 images unified)
 #   more        the other arms of Table 3
 #   clusterings Table 4: three more clusterings (the fourth is `arms`' multistage)
@@ -8,9 +8,10 @@
 #   edm         Table 1: unified and multistage EDM, stages as drawn by EDM and in equal shares
 #   latent      Table 1, LDM: an autoencoder once, unified and multistage on its latents
 #   tables      cells of the paper
-# An arm takes 25 minutes of one CPU core (160 images/s), 8 more for FD of 1,000 images on the way, and 10 for three
+# An arm takes 28 minutes of one busy CPU core (140 images/s), 5 more for FD of 1,000 images on the way, and 10 for three
 # seeds of FD: 45 minutes. BUDGET= sets other training MACs, PROCESSES=2 takes two cores to an arm. The weights.pt and
-# log.jsonl of the arms are in weights/multistage.
+# log.jsonl of the arms are in weights/multistage, the
+# multistage one's as weights.*; `python results/multistage/rows.py` draws them.
 set -e
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The measurements of results/postdiff, in parts: sh results/postdiff/run.sh PART..., PART one of
-#   train     the model, 100 minutes of one CPU core; then copy its weights.pt and log.jsonl to weights/postdiff
+#   train     the model, 100 minutes of one busy CPU core; its weights.pt, log.jsonl: weights/postdiff/weights.*
 #   main      plain 20 and 8 steps, mixed, hybrid cache, PostDiff: three seeds, 20 minutes
 #   fewer     Figs. 4, 5: fewer steps or cheaper steps; one seed, 20 minutes
 #   cache     Table 1: the cache choices; Table 5: k and m; one seed, 15 minutes
@@ -19,14 +19,18 @@ run="python postdiff.py --checkpoint weights/postdiff/weights.pt"
 evaluate="$run --evaluate --n 1000"
 for part in "$@"; do case $part in
   train)
-    python postdiff.py --train --iters 3600 ;;
+    python postdiff.py --train --iters 3600 --save-every 200 ;;
   main)
     $evaluate --method base mixed cache postdiff --seeds 3 --experiment main
     $evaluate --method base --steps 8 --seeds 3 --experiment main ;;
   fewer)
-    $evaluate --method mixed --steps 8 12 16 --s 0 0.3 0.5 0.6 --experiment fig4      # s 0 is plain sampling
-    $evaluate --method mixed --steps 20 --s 0.3 0.6 --experiment fig4
+    $evaluate --method base --steps 12 16 --experiment fig4
+    $evaluate --method mixed --steps 8 12 --experiment fig4
+    $evaluate --method mixed --steps 20 --s 0.3 --experiment fig4
     $evaluate --method postdiff --steps 8 12 16 --experiment fig4
+    $evaluate --method mixed --steps 8 --s 0.3 --seeds 3 --experiment aim
+    $evaluate --method postdiff --steps 14 --s 0.3 --seeds 3 --experiment aim
+    $evaluate --method postdiff --s 0.3 --k 3 --experiment aim
     $evaluate --method mixed --beta 0.75 --experiment fig8 ;;
   cache)
     $evaluate --method base --experiment table1

@@ -34,9 +34,9 @@ for part in "$@"; do case $part in
     python results/multistage/cluster_speed.py ;;
   arms)
     arm multistage table3
-    arm unified table3 --arch unified
-    arm separate-es-tp table3 --arch separate --early-stopping ;;
+    arm unified table3 --arch unified ;;
   more)
+    arm separate-es-tp table3 --arch separate --early-stopping
     arm separate table3 --arch separate --widths 24 24 24
     arm separate-es table3 --arch separate --widths 24 24 24 --early-stopping
     arm separate-tp table3 --arch separate ;;

@@ -45,13 +45,13 @@ for part in "$@"; do case $part in
     $run --profile --n 64 ;;
   calibrate)
     $run --search --method mixed --s 0 0.3 0.5 0.6 --calibration 2000 --experiment fig9 --plans runs/postdiff-fig9
-    $run --search --method postdiff --calibration 250 --budget 0.4 --experiment calibration --plans weights/postdiff ;;
+    $run --search --method mixed --s 0 0.3 0.5 --calibration 250 --budget 0.4 --experiment calibration --plans weights/postdiff ;;
   solver)
     $evaluate --method base mixed postdiff --solver dpm2 --steps 20 8 --experiment solver ;;
   guidance)
     for w in 1 2 5; do $evaluate --method base --guidance $w --experiment guidance; done ;;
   finetune)
-    $run --train --out runs/postdiff-finetune
+    $run --train --finetune-iters 400 --out runs/postdiff-finetune
     python postdiff.py --checkpoint "$(ls runs/postdiff-finetune/*/weights.pt | tail -1)" --evaluate \
       --method base mixed postdiff --n 1000 --experiment table7 ;;
   kinds)

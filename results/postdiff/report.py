@@ -72,6 +72,7 @@ def tables():
     plain = next((g for g in main if g[0]["method"] == "base" and len(g[0]["plan"]["taus"]) == 20), ())
     return dict(postdiff=table(main, plain), postdiff_fewer=table(groups(rows, "fig4", "aim"), plain),
                 postdiff_cache=table(groups(rows, "table1"), plain), postdiff_km=table(groups(rows, "table5"), plain),
+                postdiff_solver=table(groups(rows, "solver"), plain),
                 postdiff_finetune=table(groups(rows, "table7"), plain))
 
 

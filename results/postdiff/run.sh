@@ -6,7 +6,7 @@
 #   cache     Table 1: the cache choices; Table 5: k and m; one seed, 15 minutes
 #   rows      rows of images; Appendix A's profile: 5 minutes
 #   calibrate Appendix D, Fig. 9: do small sets rank s as a large one does?  Then Sec. 2.4's calibration
-#   solver    DPM-Solver++ instead of DDIM
+#   solver    DPM-Solver++ instead of DDIM; 5 minutes
 #   guidance  what the weight w does to plain sampling
 #   finetune  Appendix F, Table 7: on the fixed resolution schedule, before and after
 #   kinds     Table 2's other kinds in small: an LCM, distilled from the model; a DiT, trained like it
@@ -47,7 +47,9 @@ for part in "$@"; do case $part in
     $run --search --method mixed --s 0 0.3 0.5 0.6 --calibration 2000 --experiment fig9 --plans runs/postdiff-fig9
     $run --search --method mixed --s 0 0.3 0.5 --calibration 250 --budget 0.4 --experiment calibration --plans weights/postdiff ;;
   solver)
-    $evaluate --method base mixed postdiff --solver dpm2 --steps 20 8 --experiment solver ;;
+    $evaluate --method base --solver dpm2 --steps 20 8 --experiment solver
+    $evaluate --method mixed --solver dpm2 --steps 8 --s 0.3 --experiment solver
+    $evaluate --method postdiff --solver dpm2 --experiment solver ;;
   guidance)
     for w in 1 2 5; do $evaluate --method base --guidance $w --experiment guidance; done ;;
   finetune)

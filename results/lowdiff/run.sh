@@ -46,6 +46,10 @@ measure)
   # Table 11 and the figure of FD against the truncation point: on images of their own (seed 7)
   python lowdiff.py --search --sweep truncation --n 1000 --seed 7 --plans runs/plans-two-cond \
     --checkpoint weights/lowdiff/two-cond.pt
+  # EDM with as many evaluations as LowDiff's last stage, and as its effective NFE
+  for steps in 9 12; do
+    evaluate edm-cond --steps $steps --experiment "edm, fewer steps"
+  done
   # Truncated later, as the sweep says
   evaluate weights --truncate 25 17 --seeds 3 --experiment "later truncation"
   # What comes out of each stage, from the same seeds, beside EDM
@@ -60,14 +64,11 @@ latent)                                        # Table 4: the same autoencoder f
   evaluate dit --steps 100 --n 1000 --experiment "table 4"
   evaluate latent --n 1000 --experiment "table 4"
   ;;
-rest)                                          # Tables 10, 12; EDM with LowDiff's effective NFE; two rows more
+rest)                                          # Tables 10, 12; two rows more
   python lowdiff.py --search --sweep truncation --n 1000 --seed 7 --plans runs/plans-weights \
     --checkpoint weights/lowdiff/weights.pt
   python lowdiff.py --search --sweep steps range --n 1000 --seed 7 --plans runs/plans-two-cond \
     --checkpoint weights/lowdiff/two-cond.pt
-  for steps in 9 12; do
-    evaluate edm-cond --steps $steps --experiment "edm, fewer steps"
-  done
   evaluate dit --steps 50 --n 1000 --experiment "table 4"
   train two --stages 16 32
   train cdm --arch cdm --stages 16 32

@@ -717,7 +717,8 @@ def test_cluster_then_train(tmp_path, few_images):
     assert saved["widths"] == m.tailored_widths(plan["edges"], [12, 8, 4])
     line, = lines_of(tmp_path / "r.jsonl")
     assert line["experiment"] == "clustering" and line["plan"]["edges"] == plan["edges"]
-    result = start("--cluster", *options)
+    result = start("--cluster", *options[:-2])                                 # without a name: no line of results
+    assert len(lines_of(tmp_path / "r.jsonl")) == 1
     assert result.code == 0 and "first crossing, eps*_1 of x_1" in result.out and "arg max" in result.out
     assert len(Image.open(tmp_path / "plan_optimal_3.png").getcolors(10 ** 6)) > 4             # lines, labels
 

@@ -903,6 +903,19 @@ def test_consistency_loss_by_hand():
         expected.append(a ** 0.5 * ((x0_hat - goal) ** 2 + 1e-6).sqrt())
     loss = p.consistency_loss(student, target, teacher, x0, t, t_next, eps, ABAR, TEXT, NULL, w)
     assert float(loss) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+    loss = p.consistency_loss(student, target, teacher, x0, t, t_next, eps, ABAR, TEXT, NULL, w, "x0")     # unweighted
+    plain = [row / float(ABAR[step]) ** 0.5 for row, step in zip(expected, t)]
+    assert float(loss) == pytest.approx(float(torch.stack(plain).mean()), rel=1e-4)
+
+
+def test_a_ledger_without_diffusers_leaves_the_file_alone(tmp_path, monkeypatch, capsys):
+    def missing(kind):
+        raise ImportError
+
+    monkeypatch.setattr(p, "diffusers_macs", missing)
+    (tmp_path / "ledger.json").write_text("[]")
+    p.ledger(tmp_path / "ledger.json")
+    assert (tmp_path / "ledger.json").read_text() == "[]" and "left as it was" in capsys.readouterr().out
 
 
 TINY = "--preset tiny --precision fp32 --batch 8 --iters 20 --save-every 5".split()

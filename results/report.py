@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from statistics import mean, stdev
 
+from tables import pm
+
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = ("lowdiff", "multistage", "postdiff")          # scripts with a results/SCRIPT/report.py
 FOLDER = ROOT / "results" / "c2f_trd"
@@ -31,11 +33,6 @@ def load():
     return list(rows.values())
 
 
-def pm(values, digits=3):
-    text = f"{mean(values):.{digits}f}"
-    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
 def pick(rows, experiment, method, solver, steps=None, **more):
     return [r for r in rows if (r["experiment"], r["method"], r["solver"]) == (experiment, method, solver)
             and steps in (None, r["nfe"][1]) and all(r["plan"].get(k) == v for k, v in more.items())]
@@ -45,7 +42,7 @@ def table_fig6(rows):
     first = pick(rows, "fig6", "base", "ddim", 100)
     out = ["| steps | method | MACs of 100-step DDIM | DDIM | DPM-Solver++ 2M |", "| " + "--- | " * 5]
     if first:
-        out.append(f"| 100 | uniform | 100 % | **{pm([r['fd'] for r in first])}** | |")
+        out.append(f"| 100 | uniform | 100 % | **{pm([r['fd'] for r in first], 3)}** | |")
     for steps in (5, 6, 10, 11, 20, 21, 40):
         for method in NAMES:
             cells = [pick(rows, "fig6", method, s, steps) for s in ("ddim", "dpm2")]
@@ -53,7 +50,7 @@ def table_fig6(rows):
                 continue
             macs = 100 * next(c for c in cells if c)[0]["relative_macs"]
             low = "10 + " if "c2f" in method else ""
-            fds = [pm([r["fd"] for r in c]) if c else "" for c in cells]
+            fds = [pm([r["fd"] for r in c], 3) if c else "" for c in cells]
             out.append(f"| {low}{steps} | {NAMES[method]} | {macs:.1f} % | {fds[0]} | {fds[1]} |")
     return out
 
@@ -93,7 +90,7 @@ def table_phases(rows):
                     r = found[0]
                     out.append(f"| {SOLVER[solver]} | {steps} | {'two-phase' if two else 'joint'} | "
                                f"{' + '.join(map(str, r['evaluations']))} | {r['seconds']:.0f} | {r['loss'][-1]:.2e} | "
-                               f"{r['held_out']['trd']:.2e} | {pm(fds)} |")
+                               f"{r['held_out']['trd']:.2e} | {pm(fds, 3)} |")
     return out
 
 
@@ -111,7 +108,7 @@ def table_1(rows):
         same = {"label": alone.get(16), "2dms": alone.get(None)}.get(strategy)
         lines.append((f"{strategy}, 16 -> 32", 2 if strategy == "2dms" else 1, fds, same))
     for name, networks, fds, high in lines:
-        cells = [pm(v) if v else "" for v in (*fds, high)]
+        cells = [pm(v, 3) if v else "" for v in (*fds, high)]
         out.append(f"| {name} | {networks} | {' | '.join(cells)} |")
     return out
 

@@ -1,7 +1,9 @@
 """LowDiff's tables and figure from results.jsonl and speed.json, for results/report.py."""
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+from tables import groups, pm
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"edm": "EDM", "dit": "LightningDiT", "lowdiff": "LowDiff", "cdm": "CDM"}
@@ -17,19 +19,8 @@ def load():
     return list(rows.values())
 
 
-def pm(values, digits=2):
-    text = f"{mean(values):.{digits}f}"
-    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def groups(rows, *experiments):
-    """Rows that differ in the seed only, in order of their first line."""
-    found = {}
-    for r in rows:
-        if r["experiment"] in experiments:
-            key = json.dumps([r["method"], r["stages"], r["cond"], r["plan"], r.get("variant")])
-            found.setdefault(key, []).append(r)
-    return list(found.values())
+def same(r):
+    return [r["method"], r["stages"], r["cond"], r["plan"], r.get("variant")]
 
 
 def name_of(r):
@@ -41,7 +32,7 @@ def table_lowdiff(rows):
     """Tables 2, 5, 6, 8: equal training MACs."""
     out = ["| labels | method | parameters | NFE at each resolution | stops at sigma | effective NFE | FD ↓ | IS ↑ | "
            "MMAC / image | training images |", "| " + "--- | " * 10]
-    found = groups(rows, "tables 2 5 6 8", "later truncation", "edm, fewer steps")
+    found = groups(rows, same, "tables 2 5 6 8", "later truncation", "edm, fewer steps")
     for cond in (True, False):
         for g in sorted((g for g in found if g[0]["cond"] == cond), key=lambda g: (
                 ["edm", "lowdiff", "cdm"].index(g[0]["method"]), -len(g[0]["stages"]), -g[0]["nfe"][-1], g[0]["nfe"])):
@@ -74,7 +65,7 @@ def table_ablations(rows):
     """Tables 10, 11, 12: around the plan of two and of three stages."""
     out = ["| sweep | stages | plan | stops at sigma | NFE | FD ↓ |", "| " + "--- | " * 6]
     for sweep in ("truncation", "steps", "range"):
-        found = [g for g in groups(rows, sweep) if g[0]["space"] == "pixel"]
+        found = [g for g in groups(rows, same, sweep) if g[0]["space"] == "pixel"]
         for stages in sorted({tuple(g[0]["stages"]) for g in found}, key=len):
             some = [g for g in found if tuple(g[0]["stages"]) == stages]
             best = min(mean(r["fd"] for r in g) for g in some)
@@ -91,7 +82,7 @@ def table_latent(rows):
     """Table 4's form."""
     out = ["| method | parameters | NFE at each resolution | effective NFE | FD ↓ | FD of the images, decoded | IS ↑ | "
            "MMAC / image | training images |", "| " + "--- | " * 9]
-    for g in groups(rows, "table 4"):
+    for g in groups(rows, same, "table 4"):
         r = g[0]
         out.append(f"| {name_of(r)} | {r['parameters']:,} | {' + '.join(map(str, r['nfe']))} | {r['effective_nfe']} | "
                    f"{pm([r['fd'] for r in g])} | {r['decoded_fd']:.2f} | {pm([r['inception_score'] for r in g])} | "
@@ -121,7 +112,7 @@ def figures(plt):
     rows = load()
     fig, axes = plt.subplots(1, 2, figsize=(11, 4))
     for stages in ([16, 32], [8, 16, 32]):
-        found = [g for g in groups(rows, "truncation") if g[0]["stages"] == stages and g[0]["space"] == "pixel"]
+        found = [g for g in groups(rows, same, "truncation") if g[0]["stages"] == stages and g[0]["space"] == "pixel"]
         points = sorted((g[0]["plan"]["stages"][-2]["evaluations"], g[0]["plan"]["stages"][-2]["sigma_stop"],
                          mean(r["fd"] for r in g)) for g in found)
         if points:

@@ -1,7 +1,9 @@
 """Multistage's tables and figure from results.jsonl and the training logs, for results/report.py."""
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+from tables import groups, pm
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER.parent.parent / "weights" / "multistage"
@@ -19,19 +21,8 @@ def load():
     return list(rows.values())
 
 
-def pm(values, digits=2):
-    text = f"{mean(values):.{digits}f}"
-    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def groups(rows, *experiments):
-    """Rows that differ in the seed only, in Table 3's order."""
-    found = {}
-    for r in rows:
-        if r["experiment"] in experiments:
-            key = json.dumps([r[k] for k in ("method", "clustering", "edges", "widths", "solver", "nfe")])
-            found.setdefault(key, []).append(r)
-    return sorted(found.values(), key=lambda g: (ORDER.index(g[0]["method"]), g[0]["solver"]))
+def same(r):
+    return [r[k] for k in ("method", "clustering", "edges", "widths", "solver", "nfe")]
 
 
 def edges_of(r):
@@ -42,7 +33,7 @@ def table_arms(rows):
     """Table 3: equal training MACs."""
     out = ["| method | edges | decoders, widths | parameters | evaluations in each stage, from the data's | "
            "MMAC / evaluation | MMAC / image | FD ↓ | IS ↑ | training images |", "| " + "--- | " * 10]
-    found = groups(rows, "table3", "table4", "table7")
+    found = sorted(groups(rows, same, "table3", "table4", "table7"), key=lambda g: ORDER.index(g[0]["method"]))
     best = min((mean(r["fd"] for r in g) for g in found), default=None)
     for g in found:
         r, fd = g[0], pm([r["fd"] for r in g])

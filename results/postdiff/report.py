@@ -1,7 +1,9 @@
 """PostDiff's tables and figures from results.jsonl and profile.json, for results/report.py."""
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+from tables import groups, pm
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"base": "plain", "mixed": "mixed resolution", "cache": "hybrid cache", "postdiff": "PostDiff"}
@@ -20,18 +22,8 @@ def load():
     return list(rows.values())
 
 
-def pm(values, digits):
-    text = f"{mean(values):.{digits}f}"
-    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def groups(rows, *experiments):
-    """Rows that differ in the seed only, in order of their first line."""
-    found = {}
-    for r in rows:
-        if r["experiment"] in experiments:
-            found.setdefault(json.dumps([r["phase"], r["plan"]]), []).append(r)
-    return list(found.values())
+def same(r):
+    return [r["phase"], r["plan"]]
 
 
 def table(found, plain=()):
@@ -44,10 +36,10 @@ def table(found, plain=()):
     for g in found:
         r, plan = g[0], g[0]["plan"]
         K, seeds = len(plan["taus"]), {r["seed"] for r in g}
-        same = [p for p in plain if p["seed"] in seeds]
+        equal = [p for p in plain if p["seed"] in seeds]
         share, goal = f"{100 * r['relative_macs']:.1f} %", ["", ""]
-        if len(same) == len(g):
-            fd, score = mean(p["fd"] for p in same), mean(p["caption_score"] for p in same)
+        if len(equal) == len(g):
+            fd, score = mean(p["fd"] for p in equal), mean(p["caption_score"] for p in equal)
             goal = [f"{fd:.3f}", f"{score:.4f}"]
             if mean(r["fd"] for r in g) <= fd and mean(r["caption_score"] for r in g) >= 0.98 * score and (
                     r["relative_macs"] < 1):
@@ -68,12 +60,11 @@ def name_of(r):
 
 def tables():
     rows = load()
-    main = groups(rows, "main")
+    main = groups(rows, same, "main")
     plain = next((g for g in main if g[0]["method"] == "base" and len(g[0]["plan"]["taus"]) == 20), ())
-    return dict(postdiff=table(main, plain), postdiff_fewer=table(groups(rows, "fig4", "aim"), plain),
-                postdiff_cache=table(groups(rows, "table1"), plain), postdiff_km=table(groups(rows, "table5"), plain),
-                postdiff_solver=table(groups(rows, "solver"), plain),
-                postdiff_finetune=table(groups(rows, "table7"), plain))
+    parts = dict(fewer=("fig4", "aim"), cache=("table1",), km=("table5",), solver=("solver",), finetune=("table7",))
+    return dict(postdiff=table(main, plain), **{
+        f"postdiff_{name}": table(groups(rows, same, *experiments), plain) for name, experiments in parts.items()})
 
 
 def draw_profile(plt, found):
@@ -103,7 +94,7 @@ def draw_trade_off(plt, rows):
                 ("PostDiff, other settings", lambda p: p["method"] == "postdiff" and not usual(p)),
                 ("hybrid cache", lambda p: p["method"] == "cache"))
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    found = [g for g in groups(rows, "main", "fig4", "aim") if g[0]["solver"] == "ddim"
+    found = [g for g in groups(rows, same, "main", "fig4", "aim") if g[0]["solver"] == "ddim"
              and g[0]["seed"] == 0]
     for axis, key in zip(axes, ("fd", "caption_score")):
         for name, of in families:
@@ -127,5 +118,5 @@ def figures(plt):
     if (FOLDER / "profile.json").is_file():
         draw_profile(plt, json.loads((FOLDER / "profile.json").read_text()))
     rows = load()
-    if groups(rows, "main", "fig4"):
+    if groups(rows, same, "main", "fig4"):
         draw_trade_off(plt, rows)

@@ -15,7 +15,7 @@ Run (README.md has more):
 
 Expect (small preset, fashion10k, two CPU cores, torch 2.13): --sample in seconds; --train about an hour (6,500
     steps, 832,000 images); clear garments after half of it; FD[small-fashion]@2000 of 1.10 for 100-step
-    DDIM, 1.17 for C2F+TRD with DPM-Solver++ at 10 low and 5 high steps, 5.6 % of the MACs (README.md).
+    DDIM, 1.17 for C2F+TRD with DPM-Solver++ at 10 low and 5 high steps, 5.6 % of the MACs (results/c2f_trd).
 
 Symbols: t_T .. t_0 -> taus (descending, all evaluated; the paper's T is our K); T^c, T^f -> low-steps,
 steps; x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 of the coarse stage; C_i, n -> candidate_steps, n;

@@ -1,6 +1,6 @@
-"""Tables and figures of the README from results.jsonl; nothing is typed by hand.
+"""Tables and figures of the READMEs from results.jsonl; nothing is typed by hand.
 
-    python results/report.py           # writes results/*/*.png and the tables in README.md
+    python results/report.py           # writes results/*/*.png and the tables in README.md and results/*/README.md
 
 Figures need matplotlib (pip install matplotlib); without it only the tables are made.
 """
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from statistics import mean, stdev
 
-from tables import pm
+from tables import groups, pm
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = ("lowdiff", "multistage", "postdiff")          # scripts with a results/SCRIPT/report.py
@@ -180,6 +180,51 @@ def table_ledgers():
     return out
 
 
+def table_summary(rows):
+    """Per paper: without the method, with it, and what we set out to see."""
+    def fd(found):
+        return f"FD {pm([r['fd'] for r in found])}"
+
+    def line(script, without, method, cost, aim, met):
+        return f"| {script} | {without} | {method}; {cost} | {aim} | {'**yes**' if met else 'no'} |"
+
+    def average(found, key="fd"):
+        return mean(r[key] for r in found)
+
+    out = ["| script | off switch | with the method | the aim | met |", "| " + "--- | " * 5]
+    a, b = pick(rows, "fig6", "base", "ddim", 100), pick(rows, "fig6", "c2f+trd", "dpm2", 5)
+    out.append(line("c2f_trd.py", f"DDIM, 100 steps: {fd(a)}", f"C2F+TRD, 2M, 10 + 5 steps: {fd(b)}",
+                    f"{100 * b[0]['relative_macs']:.1f} % of the MACs", "FD within 10 % at a fifth of the MACs",
+                    average(b) <= 1.1 * average(a)))
+    low = report_of("lowdiff")
+    found = {(r[0]["method"], len(r[0]["stages"])): r for r in groups(low.load(), low.same, "tables 2 5 6 8")
+             if r[0]["cond"]}
+    a, b = found["edm", 1], found["lowdiff", 3]
+    faster = next(r["speedup"] for r in json.loads((ROOT / "results/lowdiff/speed.json").read_text())
+                  if r["preset"] == "small" and len(r["stages"]) == 3)
+    out.append(line("lowdiff.py", f"EDM, 35 evaluations: {fd(a)}", f"8-16-32: {fd(b)}",
+                    f"{faster:.2f} times the images/s", "1.55 times the images/s, FD no worse",
+                    faster >= 1.55 and average(b) <= average(a)))
+    many = report_of("multistage")
+    found = {r[0]["method"]: r for r in groups(many.load(), many.same, "table3")}
+    a, b = found["unified"], found["multistage"]
+    out.append(line("multistage.py", f"unified, 20 evaluations: {fd(a)}", f"3 decoders: {fd(b)}",
+                    "equal training MACs", "the unified FD at 60 % of the training MACs",
+                    "multistage" in many.reached() and many.reached()["multistage"] <= 0.6))
+    post = report_of("postdiff")
+    found = groups(post.load(), post.same, "main", "aim")
+    a, paper, b = (next(r for r in found if (r[0]["method"], r[0]["solver"], *r[0]["nfe"]) == key) for key in (
+        ("base", "ddim", 0, 20), ("postdiff", "ddim", 10, 10), ("mixed", "ddim", 2, 6)))
+    for name, r in (("as in the paper", paper), ("8 steps, 2 at 16x16", b)):
+        met = average(r) <= average(a) and r[0]["relative_macs"] <= 0.4 and (
+            average(r, "caption_score") >= 0.98 * average(a, "caption_score"))
+        out.append(line("postdiff.py", f"DDIM, 20 steps: {fd(a)}, caption score {average(a, 'caption_score'):.3f}",
+                        f"{name}: {fd(r)}, {average(r, 'caption_score'):.3f}",
+                        f"{100 * r[0]['relative_macs']:.1f} % of the MACs",
+                        "60 % fewer MACs, FD no worse, score within 2 %", met))
+    return out
+
+
 def table_extractor():
     out = ["| extractor | held-out images | captions | top-1 | top-5 | FD: undamaged | blur 1, 2, 3 px | "
            "noise 8, 16, 24 / 255 | 10, 20, 30 % of the classes missing |", "| " + "--- | " * 9]
@@ -263,20 +308,18 @@ def figures(rows):
 
 def main():
     rows = load()
-    tables = dict(fig6=table_fig6(rows), spacing=table_spacing(rows), search=table_search(rows),
-                  phases=table_phases(rows), strategies=table_1(rows), options=table_search(rows, options=True),
+    tables = dict(summary=table_summary(rows), fig6=table_fig6(rows), spacing=table_spacing(rows),
+                  search=table_search(rows), phases=table_phases(rows), strategies=table_1(rows),
+                  options=table_search(rows, options=True),
                   classes=table_class(rows), extractor=table_extractor(), ledgers=table_ledgers())
-    (FOLDER / "tables.md").write_text("\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in tables.items()) + "\n")
     for script in OTHERS:
-        more = report_of(script).tables()
-        text = "\n\n".join(f"## {k}\n\n" + "\n".join(v) for k, v in more.items())
-        (ROOT / "results" / script / "tables.md").write_text(text + "\n")
-        tables.update(more)
-    readme = (ROOT / "README.md").read_text()
-    for name, lines in tables.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        readme = re.sub(pattern, lambda m, lines=lines: m[1] + "\n".join(lines) + "\n" + m[2], readme, flags=re.S)
-    (ROOT / "README.md").write_text(readme)
+        tables.update(report_of(script).tables())
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("results/*/README.md"))):
+        text = path.read_text()
+        for name, lines in tables.items():
+            pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda m, lines=lines: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.S)
+        path.write_text(text)
     try:
         figures(rows)
     except ImportError:

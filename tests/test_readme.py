@@ -1,5 +1,5 @@
-"""The commands of README.md and of the docstrings: each parses, the files they name are there, and those
-of the blocks marked `<!-- run -->` are really run, in a copy of the repository."""
+"""The commands of README.md, of results/*/README.md and of the docstrings: each parses, the files they name are
+there, and those of the blocks marked `<!-- run -->` are really run, in a copy of the repository."""
 import ast
 import importlib
 import re
@@ -14,6 +14,7 @@ import torch.distributed.run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("results/*/README.md"))]
 pytestmark = pytest.mark.skipif(not README.exists(), reason="no README.md")
 
 
@@ -32,15 +33,16 @@ def split(text):
 
 
 def commands():
-    """(where, command) for README's blocks and code in its text, and for the docstrings of the scripts."""
+    """(where, command) for the READMEs' blocks and code in their text, and for the docstrings of the scripts."""
     if not README.exists():
         return
-    text = README.read_text()
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
-    inline = re.findall(r"(?<!`)`((?:\w+=\S+ )*(?:python|torchrun|sh) [^`\n]+)`", text)
-    for code in blocks + inline:
-        for command in split(code):
-            yield "README.md", command
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+        inline = re.findall(r"(?<!`)`((?:\w+=\S+ )*(?:python|torchrun|sh) [^`\n]+)`", text)
+        for code in blocks + inline:
+            for command in split(code):
+                yield str(page.relative_to(ROOT)), command
     for script in sorted(ROOT.glob("*.py")):
         doc = ast.get_docstring(ast.parse(script.read_text())) or ""
         for line in re.findall(r"^ +((?:python|torchrun) .*)$", doc, re.M):
@@ -85,9 +87,10 @@ def test_there_are_commands():
 
 
 def test_links():
-    """Files that README.md links to or shows are there."""
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", README.read_text())
-    assert links and not [link for link in links if not (ROOT / link).exists()]
+    """Files that the READMEs link to or show are there."""
+    for page in PAGES:
+        links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text())
+        assert links and not [link for link in links if not (page.parent / link).exists()]
 
 
 def test_one_minute(tmp_path):

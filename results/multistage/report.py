@@ -69,20 +69,29 @@ def curves():
     return found
 
 
-def table_compute():
-    """Fig. 1(d) in numbers: where each arm's curve first reaches the last FD of the unified model's."""
-    out = ["| arm | FD along the way (training MACs, 1e12: FD) | reaches unified's last FD at | "
-           "share of unified's compute |", "| " + "--- | " * 4]
-    found = curves()
-    if "unified" not in found:
-        return out
+def reached():
+    """{arm: share of the unified model's training MACs at which its curve first reaches that model's last FD}, of the
+    arms that reach it."""
+    found, shares = curves(), {}
     total, goal = found["unified"][-1]
     for name, points in found.items():
         at = next((a + (b - a) * (u - goal) / (u - v) for (a, u), (b, v) in zip(points, points[1:]) if u > goal >= v),
                   points[0][0] if points[0][1] <= goal else None)
+        if at is not None:
+            shares[name] = at / total
+    return shares
+
+
+def table_compute():
+    """Fig. 1(d) in numbers."""
+    out = ["| arm | FD along the way (training MACs, 1e12: FD) | reaches unified's last FD at | "
+           "share of unified's compute |", "| " + "--- | " * 4]
+    shares, total = reached(), curves()["unified"][-1][0]
+    for name, points in curves().items():
         steps = "; ".join(f"{macs / 1e12:.1f}: {fd:.2f}" for macs, fd in points)
-        out.append(f"| {name} | {steps} | {'not reached' if at is None else f'{at / 1e12:.1f}e12'} | "
-                   f"{'-' if at is None else f'{100 * at / total:.0f} %'} |")
+        cells = [f"{shares[name] * total / 1e12:.1f}e12", f"{100 * shares[name]:.0f} %"] if name in shares else [
+            "not reached", "-"]
+        out.append(f"| {name} | {steps} | {' | '.join(cells)} |")
     return out
 
 

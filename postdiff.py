@@ -18,8 +18,8 @@ Run (README.md has more):
 
 Expect (small preset, emoji at 32x32, counted by --ledger's counter): 1.67 million parameters, 60 MMACs a pass; of
     the MACs of 20 guided steps, mixed resolution takes 62.7 %, DeepCache 61.6 %, all of PostDiff 33.5 %, and 8
-    plain steps 40 %. What that does to FD and caption score: results/postdiff. Training: 80 images/s on one busy CPU core; the
-    shipped weights saw 460,800 images (--iters 3600). 1,000 images of 20 plain steps take two minutes.
+    plain steps 40 %. What that does to FD and caption score: results/postdiff. Training: 80 images/s on one busy CPU
+    core; the shipped weights saw 460,800 images (--iters 3600). 1,000 images of 20 plain steps take two minutes.
 
 Symbols: T (denoising steps) -> K, their sequence -> taus; x^l, x^f -> low and full resolution; beta, s, k, m, w as in
 the paper (s, m: shares of the steps; n_low, n_guided: their numbers); CA_cache -> frozen; null text -> null.

@@ -1,5 +1,6 @@
 """PostDiff's tables and figures from results.jsonl and profile.json, for results/report.py."""
 import json
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
@@ -9,11 +10,15 @@ FOLDER = Path(__file__).resolve().parent
 NAMES = {"base": "plain", "mixed": "mixed resolution", "cache": "hybrid cache", "postdiff": "PostDiff"}
 
 
+def lines():
+    path = FOLDER / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def load():
-    """Lines of results.jsonl; of lines with the same conditions the newest counts."""
-    rows, path = {}, FOLDER / "results.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        r = json.loads(line)
+    """Lines of results.jsonl with an FD; of lines with the same conditions the newest counts."""
+    rows = {}
+    for r in lines():
         if "fd" in r:                                                  # a calibration has its own lines
             if r["method"] == "mixed" and r["plan"]["n_low"] == 0:     # that is plain sampling
                 r["method"], r["plan"] = "base", dict(r["plan"], method="base", low=32)
@@ -27,10 +32,10 @@ def same(r):
 
 
 def table(found, plain=()):
-    """One line a plan; MACs are bold where, against plain 20 steps with the same seeds, FD is no worse and the caption
-    score within 2 %."""
+    """One line a plan; MACs are bold where, against `plain` with the same seeds, FD is no worse and the caption score
+    within 2 %."""
     out = ["| method | steps, low + full | low resolution | full pass every | guided steps | cache of | "
-           "MACs of 20 guided steps | MMAC / image | s / image | FD ↓ | plain 20's | caption score ↑ | plain 20's | "
+           "MACs of 20 guided steps | MMAC / image | s / image | FD ↓ | plain's | caption score ↑ | plain's | "
            "seeds |",
            "| " + "--- | " * 14]
     for g in found:
@@ -42,7 +47,7 @@ def table(found, plain=()):
             fd, score = mean(p["fd"] for p in equal), mean(p["caption_score"] for p in equal)
             goal = [f"{fd:.3f}", f"{score:.4f}"]
             if mean(r["fd"] for r in g) <= fd and mean(r["caption_score"] for r in g) >= 0.98 * score and (
-                    r["relative_macs"] < 1):
+                    r["relative_macs"] < plain[0]["relative_macs"]):
                 share = f"**{share}**"
         out.append(f"| {name_of(r)}, {r['solver']} | {plan['n_low']} + {K - plan['n_low']} | "
                    f"{plan['low'] if plan['n_low'] else '-'} | {plan['k']} | {plan['n_guided']} | "
@@ -58,13 +63,46 @@ def name_of(r):
     return NAMES[r["method"]]
 
 
+def table_guidance(rows):
+    """What the weight w does to plain sampling; the model's own is 3."""
+    out = ["| guidance w | FD ↓ | caption score ↑ | seeds |", "| " + "--- | " * 4]
+    found = [g for g in groups(rows, same, "main", "guidance") if g[0]["method"] == "base" and
+             len(g[0]["plan"]["taus"]) == 20]
+    for g in sorted(found, key=lambda g: g[0]["plan"]["w"]):
+        out.append(f"| {g[0]['plan']['w']:g} | {pm([r['fd'] for r in g], 3)} | "
+                   f"{pm([r['caption_score'] for r in g], 4)} | {len(g)} |")
+    return out
+
+
+def table_fig9():
+    """Caption scores of the first part of a calibration set, and the share of pairs that it ranks as all do."""
+    found = {json.dumps(r["plan"]): r for r in lines() if r["experiment"] == "fig9"}.values()
+    if not found:
+        return []
+    sizes = list(next(iter(found))["scores"])
+    out = ["| steps, low + full | MACs of 20 guided steps | " + " | ".join(f"score, {n} images" for n in sizes) + " |",
+           "| " + "--- | " * (2 + len(sizes))]
+    scores = [[r["scores"][n] for r in found] for n in sizes]
+    for i, r in enumerate(found):
+        best = [f"**{column[i]:.4f}**" if column[i] == max(column) else f"{column[i]:.4f}" for column in scores]
+        out.append(f"| {r['nfe'][0]} + {r['nfe'][1]} | {100 * r['relative_macs']:.1f} % | {' | '.join(best)} |")
+    pairs = list(combinations(range(len(found)), 2))
+    alike = [mean((a[i] - a[j]) * (scores[-1][i] - scores[-1][j]) > 0 for i, j in pairs) for a in scores]
+    out.append(f"| pairs ranked as by all | | {' | '.join(f'{100 * share:.0f} %' for share in alike)} |")
+    return out
+
+
 def tables():
     rows = load()
     main = groups(rows, same, "main")
     plain = next((g for g in main if g[0]["method"] == "base" and len(g[0]["plan"]["taus"]) == 20), ())
-    parts = dict(fewer=("fig4", "aim"), cache=("table1",), km=("table5",), solver=("solver",), finetune=("table7",))
-    return dict(postdiff=table(main, plain), **{
-        f"postdiff_{name}": table(groups(rows, same, *experiments), plain) for name, experiments in parts.items()})
+    parts = dict(fewer=("fig4", "aim", "fig8"), cache=("table1",), km=("table5",), solver=("solver",),
+                 finetune=("table7",))
+    kinds = {kind: groups(rows, same, f"table2 {kind}") for kind in ("lcm", "dit")}
+    return dict(postdiff=table(main, plain), postdiff_guidance=table_guidance(rows), postdiff_fig9=table_fig9(),
+                **{f"postdiff_{name}": table(groups(rows, same, *names), plain) for name, names in parts.items()},
+                **{f"postdiff_{kind}": table(found, next((g for g in found if g[0]["method"] == "base"), ()))
+                   for kind, found in kinds.items()})
 
 
 def draw_profile(plt, found):

@@ -1435,23 +1435,32 @@ def sample_pipeline(args, device):
 # ---------------------------------------------------------------------------------------------
 # Ledger
 # ---------------------------------------------------------------------------------------------
+def diffusers_denoiser(kind):
+    """Random weights of SD v1.5's or SDXL's U-Net or PixArt-alpha's transformer, in diffusers' classes. Raises
+    ImportError without diffusers."""
+    import diffusers
+    if kind == "PixArt":
+        return diffusers.PixArtTransformer2DModel(sample_size=128, caption_channels=4096)
+    if kind == "SD":
+        return diffusers.UNet2DConditionModel(cross_attention_dim=768)         # diffusers' defaults
+    return diffusers.UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+
+
 def diffusers_macs(kind):
     """MACs of SDXL's U-Net or PixArt-alpha at 1024x1024, [without attention's products, with them] for each of 20
     steps, in three settings of Table 2: {"plain": ..., "mix": ..., "postdiff": ...}; and its parameters. The real
     classes on the meta device, wrapped as in a pipeline. Raises ImportError without diffusers."""
-    import diffusers
     with torch.device("meta"):
+        denoiser = diffusers_denoiser(kind)
         if kind == "SDXL":
-            denoiser = diffusers.UNet2DConditionModel(
-                sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048,
-                attention_head_dim=(5, 10, 20), use_linear_projection=True, addition_embed_type="text_time",
-                addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
             inputs = dict(encoder_hidden_states=torch.zeros(2, 77, 2048),
                           added_cond_kwargs=dict(text_embeds=torch.zeros(2, 1280), time_ids=torch.zeros(2, 6)))
         else:
-            denoiser = diffusers.PixArtTransformer2DModel(sample_size=128, caption_channels=4096)
             inputs = dict(encoder_hidden_states=torch.zeros(2, 120, 4096),     # 120 text tokens fit all cells
                           added_cond_kwargs=dict(resolution=torch.zeros(2, 2), aspect_ratio=torch.zeros(2, 1)))
         inputs["timestep"] = torch.zeros(2, dtype=torch.long)

@@ -2,6 +2,7 @@
 there, and those of the blocks marked `<!-- run -->` are really run, in a copy of the repository."""
 import ast
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -91,6 +92,21 @@ def test_links():
     for page in PAGES:
         links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text())
         assert links and not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_tables_are_what_the_report_makes(tmp_path):
+    """Every table of the READMEs comes out of results.jsonl and the logs; an edited cell is put right."""
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    text = README.read_text()
+    assert "% of the MACs |" in text
+    (tmp_path / "README.md").write_text(text.replace("% of the MACs |", "% of nothing |"))
+    run = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", run, tmp_path / "results" / "report.py"], capture_output=True,
+                            text=True, env=dict(os.environ, PYTHONPATH=str(tmp_path / "results")), timeout=300)
+    assert result.returncode == 0, result.stderr
+    for page in PAGES:
+        assert (tmp_path / page.relative_to(ROOT)).read_text() == page.read_text(), page
 
 
 def test_one_minute(tmp_path):

@@ -787,7 +787,7 @@ def dit():
 
 def test_dit_by_hand(dit):
     """Written once more, with attention as softmax of dot products."""
-    xt, t = randn(2, 3, 8, 12), torch.tensor([3, 700])
+    xt, t = randn(2, 3, 16, 24), torch.tensor([3, 700])
     w = dit.state_dict()
 
     def linear(name, v):
@@ -807,7 +807,7 @@ def test_dit_by_hand(dit):
     emb = linear("emb.2", F.silu(linear("emb.0", p.timestep_embedding(t, c))))
     text = dit.text(TEXT)
     six = linear("modulation", F.silu(emb)).view(2, 6, c)
-    h = linear("conv_in", F.pixel_unshuffle(xt, 2).flatten(2).transpose(1, 2))
+    h = linear("conv_in", F.pixel_unshuffle(xt, 4).flatten(2).transpose(1, 2))
     place = []
     for i in range(H):
         for j in range(W):
@@ -827,7 +827,7 @@ def test_dit_by_hand(dit):
     h = linear("conv_out", norm(h) * (1 + scale) + shift).transpose(1, 2).reshape(2, -1, H, W)
     eps_hat, deep, used = dit(xt, t, TEXT)
     assert deep is None and eps_hat.std() > 0.1
-    assert torch.allclose(eps_hat, F.pixel_shuffle(h, 2), atol=1e-4)
+    assert torch.allclose(eps_hat, F.pixel_shuffle(h, 4), atol=1e-4)
     assert all(torch.allclose(used[b], crosses[b].transpose(1, 2).reshape(2, c, H, W), atol=1e-4) for b in crosses)
 
 

@@ -359,8 +359,8 @@ def test_bad_plans(changes, words):
         c.check_plan(dict(c.make_plan([16, 32]), guidance=2.0))
 
 
-def test_guidance_needs_labels(tmp_path):
-    options = [v for v in TINY if v != "--cond"]
+def test_guidance_needs_labels(trained, tmp_path):
+    options = [v for v in TINY if v != "--cond"] + ["--autoencoder", trained]
     assert start("--train", *options, "--iters", 1, "--arch", "dit", "--out", tmp_path).code == 0
     one_line(start("--sample", "--guidance", 3, "--out", tmp_path), "--guidance", "--cond")
 

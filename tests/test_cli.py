@@ -3,12 +3,9 @@ two processes; every bad input ends in one line.
 
 Where no process of its own is needed, the script runs in this one (start), as `python c2f_trd.py` would.
 """
-import contextlib
-import io
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -22,7 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+import c2f_trd
 import common
+from in_process import start_script
 
 ROOT = Path(common.__file__).resolve().parent
 SCRIPT = ROOT / "c2f_trd.py"
@@ -33,19 +32,7 @@ BASE = "--method base --solver ddim --steps 4".split()
 
 def start(*argv):
     """`python c2f_trd.py ARGV` in this process: exit code, stdout, stderr."""
-    out, err, argv_before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = [str(SCRIPT), *map(str, argv)], 0
-    torch.manual_seed(67280421310721)                                # torch's own, that of a new process
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as error:
-        code = error.code or 0
-        if isinstance(code, str):                                    # what the interpreter does with it
-            code = print(code, file=err) or 1
-    finally:
-        sys.argv = argv_before
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return start_script(c2f_trd, *argv)
 
 
 def spawn(*command, **options):
@@ -410,7 +397,9 @@ import copy, os, runpy, sys, time, torch
 out, script = sys.argv[1:3]
 sys.argv = sys.argv[2:]
 sys.path.insert(0, os.path.dirname(script))
+import c2f_trd
 import common
+from in_process import start_script
 rank, kept = int(os.environ["RANK"]), []
 deepcopy, save, strftime, load_images, loads = copy.deepcopy, torch.save, time.strftime, common.load_images, []
 def keep(net):

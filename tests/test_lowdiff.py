@@ -1,13 +1,10 @@
 """lowdiff.py against independent oracles: the paper's numbers, closed forms, plain versions written here; then by
 its command line, with the preset tiny: train, kill, resume, search, sample, evaluate, and every bad input.
 """
-import contextlib
-import io
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -24,6 +21,7 @@ from PIL import Image
 
 import common
 import lowdiff as c
+from in_process import start_script
 
 ROOT = Path(common.__file__).resolve().parent
 SCRIPT = ROOT / "lowdiff.py"
@@ -715,19 +713,7 @@ FEW = "--steps 3 2 2 --truncate 3 2".split()                    # 3 + 2 + 3 eval
 
 def start(*argv):
     """`python lowdiff.py ARGV` in this process: exit code, stdout, stderr."""
-    out, err, argv_before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = [str(SCRIPT), *map(str, argv)], 0
-    torch.manual_seed(67280421310721)                          # torch's own, that of a new process
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as error:
-        code = error.code or 0
-        if isinstance(code, str):                              # what the interpreter does with it
-            code = print(code, file=err) or 1
-    finally:
-        sys.argv = argv_before
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return start_script(c, *argv)
 
 
 def spawn(*command, **options):

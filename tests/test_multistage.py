@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from PIL import Image
 import c2f_trd
 import common
 import multistage as m
+from in_process import start_script
 
 ROOT = Path(common.__file__).resolve().parent
 SCRIPT = ROOT / "multistage.py"
@@ -586,19 +586,7 @@ TINY = "--preset tiny --precision fp32 --batch 8 --iters 20 --save-every 5 --edg
 
 def start(*argv):
     """`python multistage.py ARGV` in this process: exit code, stdout, stderr."""
-    out, err, argv_before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = [str(SCRIPT), *map(str, argv)], 0
-    torch.manual_seed(67280421310721)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as error:
-        code = error.code or 0
-        if isinstance(code, str):
-            code = print(code, file=err) or 1
-    finally:
-        sys.argv = argv_before
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return start_script(m, *argv)
 
 
 def load(path):

@@ -3,15 +3,12 @@ naive PostDiff; then its command line with the preset tiny.
 
 Tests that need diffusers are skipped where it is not installed (`pip install diffusers==0.42.1`).
 """
-import contextlib
 import functools
 import importlib.machinery
 import importlib.util
-import io
 import json
 import math
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -31,6 +28,7 @@ import c2f_trd
 import common
 import postdiff as p
 from common import linear_alpha_bar, macs_by_operator
+from in_process import start_script
 
 ABAR = linear_alpha_bar(1000)
 ROOT = Path(common.__file__).resolve().parent
@@ -931,18 +929,7 @@ def data_is_read_once():
 
 def start(*argv):
     """`python postdiff.py ARGV` in this process: exit code, stdout, stderr."""
-    out, err, argv_before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = [str(SCRIPT), *map(str, argv)], 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as error:
-        code = error.code or 0
-        if isinstance(code, str):                                    # what the interpreter does with it
-            code = print(code, file=err) or 1
-    finally:
-        sys.argv = argv_before
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return start_script(p, *argv)
 
 
 def lines_of(path):

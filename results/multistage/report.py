@@ -29,11 +29,11 @@ def edges_of(r):
     return ", ".join(f"{edge:.3f}" for edge in r["edges"]) or "-"
 
 
-def table_arms(rows):
-    """Table 3: equal training MACs."""
+def table_arms(rows, *experiments):
+    """Arms of equal training MACs, Table 3's order."""
     out = ["| method | edges | decoders, widths | parameters | evaluations in each stage, from the data's | "
            "MMAC / evaluation | MMAC / image | FD ↓ | IS ↑ | training images |", "| " + "--- | " * 10]
-    found = sorted(groups(rows, same, "table3", "table4", "table7"), key=lambda g: ORDER.index(g[0]["method"]))
+    found = sorted(groups(rows, same, *experiments), key=lambda g: ORDER.index(g[0]["method"]))
     best = min((mean(r["fd"] for r in g) for g in found), default=None)
     for g in found:
         r, fd = g[0], pm([r["fd"] for r in g])
@@ -97,7 +97,9 @@ def table_compute():
 
 def tables():
     rows = load()
-    return dict(multistage=table_arms(rows), multistage_clusterings=table_clusterings(rows),
+    return dict(multistage=table_arms(rows, "table3"), multistage_table4=table_arms(rows, "table3", "table4"),
+                multistage_table7=table_arms(rows, "table3", "table7"), multistage_table1=table_arms(rows, "table1"),
+                multistage_latent=table_arms(rows, "table1 ldm"), multistage_clusterings=table_clusterings(rows),
                 multistage_compute=table_compute())
 
 

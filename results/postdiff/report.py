@@ -2,7 +2,7 @@
 import json
 from itertools import combinations
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from tables import groups, pm
 
@@ -121,27 +121,31 @@ def draw_profile(plt, found):
 
 
 def draw_trade_off(plt, rows):
-    """Figs. 4, 5: FD and caption score against relative MACs; a line a family of plans, seed 0."""
+    """Figs. 4, 5, 8: FD and caption score against relative MACs, mean and deviation of 3 seeds (plans that have all
+    three); a line a family of plans."""
     def usual(plan):
         return 2 * plan["n_low"] == len(plan["taus"]) and plan["k"] == 2
 
     families = (("plain, fewer steps", lambda p: p["method"] == "base"),
-                *((f"mixed, {K} steps", lambda p, K=K: p["method"] == "mixed" and p["n_low"] and len(p["taus"]) == K)
-                  for K in (20, 16, 12, 8)),
+                *((f"mixed, {K} steps", lambda p, K=K: p["method"] == "mixed" and p["n_low"] and len(p["taus"]) == K and
+                   p["low"] == 16) for K in (20, 16, 12, 8)),
+                ("mixed, beta = 3/4", lambda p: p["method"] == "mixed" and p["low"] == 24),
                 ("PostDiff, fewer steps", lambda p: p["method"] == "postdiff" and usual(p)),
                 ("PostDiff, other settings", lambda p: p["method"] == "postdiff" and not usual(p)),
                 ("hybrid cache", lambda p: p["method"] == "cache"))
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    found = [g for g in groups(rows, same, "main", "fig4", "aim") if g[0]["solver"] == "ddim"
-             and g[0]["seed"] == 0]
+    found = [list({r["seed"]: r for r in g}.values()) for g in groups(rows, same, "main", "fig4", "aim", "fig8")
+             if g[0]["solver"] == "ddim" and {r["seed"] for r in g} >= {0, 1, 2}]
     for axis, key in zip(axes, ("fd", "caption_score")):
         for name, of in families:
-            line = sorted((100 * g[0]["relative_macs"], g[0][key]) for g in found if of(g[0]["plan"]))
+            line = sorted((100 * g[0]["relative_macs"], mean(r[key] for r in g), stdev(r[key] for r in g))
+                          for g in found if of(g[0]["plan"]))
             if line:
                 style = "k-o" if name.startswith("plain") else "o-" if "steps" in name else "x"
-                axis.plot(*zip(*line), style, markersize=5, label=name)
+                x, y, spread = zip(*line)
+                axis.errorbar(x, y, spread, fmt=style, markersize=5, capsize=2, elinewidth=0.7, label=name)
         axis.set(xlabel="MACs, % of 20 guided steps", ylabel="caption score" if key != "fd" else
-                 f"FD[{found[0][0]['extractor']}]@{found[0][0]['n']}, seed 0")
+                 f"FD[{found[0][0]['extractor']}]@{found[0][0]['n']}")
     axes[0].legend(fontsize=7)
     save(plt, figure, "fig4")
 

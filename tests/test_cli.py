@@ -397,9 +397,7 @@ import copy, os, runpy, sys, time, torch
 out, script = sys.argv[1:3]
 sys.argv = sys.argv[2:]
 sys.path.insert(0, os.path.dirname(script))
-import c2f_trd
 import common
-from in_process import start_script
 rank, kept = int(os.environ["RANK"]), []
 deepcopy, save, strftime, load_images, loads = copy.deepcopy, torch.save, time.strftime, common.load_images, []
 def keep(net):

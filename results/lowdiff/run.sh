@@ -5,7 +5,8 @@
 #   sh results/lowdiff/run.sh latent                                                    # an hour on one core
 #   python results/lowdiff/where.py                                                     # 20 minutes on one core
 #   python results/lowdiff/speed.py                                                     # alone on the machine
-# Not run yet: rest 2, choices 2, emoji 8 hours on one core.
+#   sh results/lowdiff/run.sh rest                                                      # two hours on one core
+# Not run yet: choices 2, emoji 8 hours on one core.
 # Every run of a data set trains for the same MACs: 9.4e12 forward, 2,019 steps of EDM, a 0.4th of the default. With
 # a GPU: DATA=fashion or DATA=cifar10, and BUDGET=5e14 for a longer run.
 set -e

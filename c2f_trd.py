@@ -812,7 +812,7 @@ def train(args, device, rank, world):
             return float(loss_sum) / max(count, 1)
 
         def save():
-            mean = mean_loss()
+            mean, rate = mean_loss(), count * args.batch / (time.time() - begun)
             if not all(w.isfinite().all() for w in net.parameters()):
                 fail("weights are")
             if rank == 0:
@@ -829,7 +829,7 @@ def train(args, device, rank, world):
                                              uniform_steps(T - 1, 10, "exclusive"), alpha_bar)
                 save_grid(run / "samples.png", x)
                 line = dict(phase=phase, step=step, images_seen=step * args.batch, loss=round(mean, 5),
-                            images_per_s=round(count * args.batch / (time.time() - begun), 1))
+                            images_per_s=round(rate, 1))
                 with open(run / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
 

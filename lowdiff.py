@@ -17,13 +17,13 @@ Run (README.md has more):
     python lowdiff.py --ledger                               # the paper's networks: parameters, MACs, NFE
 
 Expect (small preset, fashion10k, one CPU core, torch 2.13): --train about 75 minutes (3,752 steps, 480,000 images,
-    110 a second) and as long for --arch edm. The shipped weights had 0.4 of that (--budget 9.4e12): garments, 1.5 to
-    1.7 times as many a second as EDM, FD twice EDM's (results/lowdiff). 64 images take 4 seconds.
+    110 a second) and as long for --arch edm. The shipped weights had 0.4 of that (--budget 9.4e12): garments, about
+    1.5 times as many a second as EDM, FD twice EDM's (results/lowdiff). 64 images take 4 seconds.
 
 Symbols: res_1 < ... < res_n -> stages; y_i -> x0 at each of them; D -> x0_hat; sigma, e -> sigma, eps of the
-image; s, e' -> s, eps_z of the condition z; N -> steps (Heun steps of a stage's schedule); K -> evaluations
-(network evaluations done of the 2N - 1 there are); NFE counts evaluations, a Heun step being two. In the latent
-version t, t' -> t, t_z (0 is noise, 1 data); v -> v_hat = x0 - eps; their sequence -> ts.
+image; s, e' -> s, eps_z of the condition z; N -> steps (Heun steps of a stage's schedule); K (not the K of the
+other files) -> evaluations (network evaluations done of the 2N - 1 there are); NFE counts evaluations, a Heun step
+being two. In the latent version t, t' -> t, t_z (0 is noise, 1 data); v -> v_hat = x0 - eps; their sequence -> ts.
 
 Training budget: --budget is the number of multiply-accumulates of one forward pass of every stage (each training
 image goes through each of them once), times images. It sets the number of steps, so that EDM, LowDiff and CDM
@@ -52,30 +52,32 @@ D7  Of three and four stages the paper prints K, not N: 12 steps at 16x16 on CIF
     18 steps (1.92), 20 on FFHQ (1.19). Other --stages get 18 steps and K = 19, 9 steps in the last.
 D8  Conditioned stages run from sigma 50 to 0.01 (Table 10's best) on all data; that table's prose
     calls its third row narrow, the numbers say wide: the numbers are used.
-D9  Losses are summed over pixels, as EDM does, and over resolutions with equal weight.
+D9  Losses are summed over pixels, as EDM does, and over resolutions with equal weight, for one Adam step on the sum;
+    the paper's "loss independently for each resolution" could also mean a step each. sigma_data is .5 at all.
 D10 Effective NFE: one ceiling of the sum over the low resolutions; by the printed latencies a ceiling each would
-    give 23, not the printed 22.
+    give 23, not the printed 22. Images/s: medians of runs in turn with EDM's; the paper averages 10.
 D11 CDM: for each stage a network of the same shape as LowDiff's sub-network (the printed 93.89 M), trained in
     the same steps. The printed 117.57 M is 117.54 M.
 D12 EDM's augmentations (paper presets) are done by one bilinear resampling with reflection, not by EDM's wavelet
-    filters.
+    filters; once, at full resolution, before the image is reduced, and all stages are told the same.
 D13 A loss or weights that are not finite stop the training (checked every 50 steps and when saving); EDM sets
     such gradients to zero and goes on. bf16 where the device has it (--precision); EDM trains in fp32.
 D14 Classes are sampled in turn (seed i: class i modulo their number), not at random.
 D15 Preset paper trains for EDM's 200 M images and LowDiff for equal MACs, 151.9 M images on CIFAR-10 (the paper:
     150 M), 120 M on FFHQ (150 M, a quarter more MACs than EDM), 64,400 steps of the DiT (about 52,500).
 D16 Preset small is not the paper's network: 2x2 pixels a token, one block a level, a decaying learning rate, no
-    augmentation (shoes point left), Fashion-MNIST's 10,000 test images. Its FD is no FID and compares with
-    itself only.
+    augmentation (shoes point left), Fashion-MNIST's 10,000 test images; small-64, narrower and deeper, is for
+    emoji. Its FD is no FID and compares with itself only. D17 to D20 and the block "Latent version" are Table 4 only.
 D17 Latent version (Table 4): a resolution has its own entry, sine positions, rotary positions from 0 and final
     layer, all blocks are shared: this gives the printed 131.86 M, sharing the final layer does not. Low-resolution
     latents are 2x2 means of the high ones.
 D18 Its condition is t' Down(x0) + (1 - t') eps, t' drawn like t, beside xt and unscaled; means over positions, as in
-    LightningDiT's loss, so both resolutions weigh the same. Unlike LightningDiT's code: no flipped latents,
-    EMA with EDM's ramp, EDM's frequencies of the time embedding.
-D19 The printed 100, 50 and 45 are taken as evaluations; 45 of 60, so that it stops at t = .47; of 50 it would be .73,
-    nearly clean. The paper prints no guidance, its scores suggest some. Ours: --guidance 1, none; else on all
-    channels at all times (LightningDiT: on 3 of 32, from t = .1 on).
+    LightningDiT's loss, so both resolutions weigh the same; a label is left out for both. Unlike LightningDiT's
+    code: no flipped latents, EMA with EDM's ramp, EDM's frequencies of the time embedding.
+D19 The printed 100, 50 and 45 are taken as evaluations; 45 of 60, so that it stops at t = .47 with LightningDiT's
+    shift, .3, which the paper does not name; of 50 it would be .73, nearly clean. The paper prints no guidance, its
+    scores suggest some. Ours: --guidance 1, none; else on all channels at all times (LightningDiT: on 3 of 32,
+    from t = .1 on).
 D20 Its autoencoder: a small VAE trained here on the same images (paper: VA-VAE's, 16x16x32, ImageNet).
 Not here: the paper's FID and IS, which take 8 GPUs.
 """
@@ -105,7 +107,7 @@ SCRIPT = "lowdiff"
 # ---------------------------------------------------------------------------------------------
 # Hyper-parameters
 # ---------------------------------------------------------------------------------------------
-SIGMA_DATA = 0.5               # EDM's, at every resolution (Sec. 4.1: settings retained)
+SIGMA_DATA = 0.5               # EDM's, at every resolution (Sec. 4.1: settings retained; D9)
 P_MEAN, P_STD = -1.2, 1.2      # ln sigma of training is normal (EDM, Table 1)
 RHO = 7                        # curvature of the ladder of noise levels (EDM, Eq. 5)
 SIGMA_RANGE = (0.002, 80.0)    # of the first stage: EDM's (Table 10)
@@ -113,7 +115,7 @@ COND_RANGE = (0.01, 50.0)      # of a conditioned stage (Table 10, D8)
 EMA_RAMP = 0.05                # the EMA's half-life is at most this share of the images seen (EDM)
 ARCHS = ("lowdiff", "edm", "dit", "cdm")                       # edm, dit: the off switches in pixels, in latents
 SWEEPS = ("truncation", "steps", "range")                      # Appendix C, Tables 11, 12 (both captioned 12), 10
-SPEED_BATCH, SPEED_RUNS = 64, 3                                # images/s: as Table 5, which has 10 runs
+SPEED_BATCH, SPEED_RUNS = 64, 3                                # images/s: Table 5 has 10 runs (D10)
 
 # A preset is a network and how it is trained. paper, paper-ffhq: EDM's networks for CIFAR-10 and FFHQ 64x64.
 #                        tiny         small        small-64         paper        paper-ffhq
@@ -170,7 +172,7 @@ def preset_of(name, space):
     return {key: values[names.index(name)] for key, values in presets.items()}
 
 
-# Steps N of each stage and evaluations K of each but the last (Tables 2, 3, 6, 7; N of the middle ones: D7).
+# Steps N of each stage and evaluations K of each but the last (Tables 2, 3, 6, 7; of three and four stages N: D7).
 SCHEDULES = {
     (32,): ([18], []), (16, 32): ([18, 9], [19]), (8, 16, 32): ([18, 12, 9], [18, 13]),
     (64,): ([40], []), (32, 64): ([40, 20], [49]), (8, 16, 32, 64): ([20, 20, 20, 20], [22, 23, 23]),
@@ -421,8 +423,8 @@ def denoise(net, xt, sigma, z=None, s=None, y=None, aug=None, cond_scale="own"):
         c_noise_z = s.clamp(min=SIGMA_RANGE[0]).log() / 4      # a stage that was not truncated has s = 0
         own = (s.view(-1, 1, 1, 1) ** 2 + SIGMA_DATA ** 2).sqrt()
         x = torch.cat([x, z / (own if cond_scale == "own" else total)], dim=1)
-    x = net(x, c_noise, y, aug, c_noise_z)
-    return (SIGMA_DATA / total) ** 2 * xt + sigma * SIGMA_DATA / total * x.to(xt.dtype)
+    raw = net(x, c_noise, y, aug, c_noise_z).to(xt.dtype)
+    return (SIGMA_DATA / total) ** 2 * xt + sigma * SIGMA_DATA / total * raw       # c_skip xt + c_out F
 
 
 def effective_nfe(nfe, seconds):
@@ -480,8 +482,8 @@ def noise_levels(steps, sigma_min, sigma_max):
 
 
 def stop_level(sigmas, evaluations, per_step=2):
-    """The noise level at which a solver of that many evaluations per step ends after `evaluations` (D6)."""
-    return sigmas[math.ceil(evaluations / per_step)]
+    """The noise level at which a solver of that many evaluations per step ends after `evaluations` (D6; None: all)."""
+    return sigmas[-1] if evaluations is None else sigmas[math.ceil(evaluations / per_step)]
 
 
 def heun_sample(denoiser, noise, sigmas, evaluations=None):
@@ -510,7 +512,8 @@ def cascade_sample(stages, up="nearest", solver=heun_sample, per_step=2):
     noisy as it is, as the condition of the next.
 
     stages: [(denoiser, noise (B, C, r, r), sigmas, evaluations), ...], low to high;
-    denoiser(xt, sigma, z, s) -> x0_hat; z, s: up-sampled image and level of the stage before, None in the first.
+    denoiser(xt, sigma, z, s) -> x0_hat; z, s: up-sampled image and level of the stage before, None in the first;
+    evaluations: None for all that the schedule has.
     solver, per_step: heun_sample and its 2 evaluations a step, or (latent version) euler_sample and its 1.
     One stage is EDM. Returns the images of every stage (float64), the last one clean."""
     images, z, s = [], None, None
@@ -660,8 +663,7 @@ def load_models(args, device, precision="auto"):
     if "ema" not in saved:
         raise ValueError(f"{args.checkpoint} holds an autoencoder only: name a checkpoint of --train")
     args.run, args.channels = Path(args.checkpoint).parent, saved["channels"]
-    args.config = {"space": "pixel", **saved["args"]}          # the pixel models were trained before there were others
-    args.images_seen = saved["images_seen"]
+    args.config, args.images_seen = saved["args"], saved["images_seen"]
     net = build_net(args.config, args.channels)
     net.load_state_dict(saved["ema"])
     net = net.to(device).eval().requires_grad_(False)
@@ -722,22 +724,22 @@ def sample(args, denoiser, plan, seeds, device):
 # ---------------------------------------------------------------------------------------------
 # Search: the paper's own, by FD (Appendix C)
 # ---------------------------------------------------------------------------------------------
-def ablation(plan, sweep, stage=-2):
-    """METHOD: Appendix C: the plans of an ablation table around `plan`, changed in its stage number `stage` (the
-    last truncated one), [(name, plan), ...].
+def ablation(plan, sweep):
+    """METHOD: Appendix C: the plans of an ablation table around `plan`, changed in its last truncated stage,
+    [(name, plan), ...].
 
     truncation (Table 11): K from 8 below to 8 above the plan's, its five in single steps; steps (Table 12): 3/4, 1
     and 5/4 of the N, with the K of the same parity that stops nearest to the plan's noise level; range (Table 10): the
     noise ranges of the first and of the other stages. Latent models have the truncation only."""
     if len(plan["stages"]) < 2:
         raise ValueError(f"--sweep {sweep}: one stage (EDM) has no truncation to search")
-    found, old = [], plan["stages"][stage]
+    found, old = [], plan["stages"][-2]
     if "shift" in old and sweep != "truncation":
         raise ValueError(f"--sweep {sweep} is for pixel models: use --sweep truncation")
 
     def add(name, **changes):
         new = copy.deepcopy(plan)
-        new["stages"][stage].update(changes)
+        new["stages"][-2].update(changes)
         found.append((name, check_plan(new)))
 
     if sweep == "truncation":
@@ -919,7 +921,7 @@ def train(args, device, rank, world):
         return float(loss_sum) / max(count, 1)
 
     def save():
-        mean = mean_loss()
+        mean, rate = mean_loss(), count * args.batch / (time.time() - begun)
         if not all(w.isfinite().all() for w in net.parameters()):
             fail("weights are")
         if rank == 0:
@@ -934,8 +936,7 @@ def train(args, device, rank, world):
             y = labels_of(shown, range(32), device)
             images = run_stages(stages_of(plan, denoiser, noises(shown, range(32), device), y), config)
             save_grid(run / "samples.png", to_image(images[-1], autoencoder))
-            line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5),
-                        images_per_s=round(count * args.batch / (time.time() - begun), 1))
+            line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5), images_per_s=round(rate, 1))
             with open(run / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 
@@ -1031,7 +1032,7 @@ def edm_plan(edm, plan):
 def speed(args, denoiser, plan, device):
     """images/s at batch 64 (Table 5) of a plan and, in turn with it, of EDM with its own schedule (an untrained
     network of the same widths: time does not depend on weights), and effective NFE from the measured seconds
-    of one evaluation at each stage. Medians of SPEED_RUNS runs."""
+    of one evaluation at each stage. Medians of SPEED_RUNS runs; speedup: of the ratios of neighbouring runs."""
     edm = edm_of(args.config)
     net = build_net(edm, args.channels).to(device).eval().requires_grad_(False)
     net = torch.compile(net) if args.compile else net
@@ -1061,10 +1062,13 @@ def speed(args, denoiser, plan, device):
     calls += [evaluation(stage, i == 0) for i, stage in enumerate(runs[0])]
     for call in (*calls[2:], evaluation(runs[1][0], True)):
         seconds(call)                                                  # warm-up
-    ours, base, *each = map(statistics.median, zip(*[[seconds(call) for call in calls] for _ in range(SPEED_RUNS)]))
+    times = [[seconds(call) for call in calls] for _ in range(SPEED_RUNS)]
+    ours, base, *each = map(statistics.median, zip(*times))
+    ratios = [b / a for a, b, *_ in times]
     each = [t / SPEED_RUNS for t in each]
     nfe = [p["evaluations"] for p in plan["stages"]]
-    return dict(images_per_s=SPEED_BATCH / ours, edm_images_per_s=SPEED_BATCH / base, speedup=base / ours,
+    return dict(images_per_s=SPEED_BATCH / ours, edm_images_per_s=SPEED_BATCH / base,
+                speedup=statistics.median(ratios), speedup_range=[min(ratios), max(ratios)],
                 seconds_per_evaluation=each, effective_nfe=effective_nfe(nfe, each))
 
 
@@ -1135,7 +1139,8 @@ def evaluate(args, denoiser, device, rank, world, jobs=None, experiment=None):
                           processes=world, **floor, **extra)
             print(f"{args.config['arch']} {label or ''} {'+'.join(str(p['evaluations']) for p in plan['stages'])} "
                   f"evaluations, seed {seed}: FD[{name}]@{args.n} {fd:.3f}, score {score:.2f}, {seconds:.0f} s"
-                  + (f"; {extra['images_per_s']:.1f} images/s, EDM {extra['edm_images_per_s']:.1f}; effective NFE "
+                  + (f"; {extra['images_per_s']:.1f} images/s, {edm_of(args.config)['arch']} "
+                     f"{extra['edm_images_per_s']:.1f}; effective NFE "
                      f"{extra['effective_nfe']}" if not label else ""))
         means.append(statistics.mean(fds) if fds else math.nan)
     return means
@@ -1510,7 +1515,8 @@ def get_args(argv=None):
     """The command line; what a preset sets is None here and filled in from it."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     do = p.add_argument_group("what to do, any subset, in this order")
-    for name, text in (("train", "all stages in each step"), ("search", "FD of the plans of --sweep: writes the best"),
+    for name, text in (("train", "all stages in each step"),
+                       ("search", "FD of the plans of --sweep: writes the best, for --plan"),
                        ("sample", "a PNG of images"), ("evaluate", "FD, MACs, seconds: a line of results each"),
                        ("ledger", "the paper's efficiency cells beside ours")):
         do.add_argument(f"--{name}", action="store_true", help=text)
@@ -1574,6 +1580,14 @@ def get_args(argv=None):
     for key in ("n", "iters", "batch", "seeds", "save_every"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+    if args.iters and args.budget:
+        raise ValueError("--iters and --budget both set the length of the training: give one")
+    if args.plan and (args.steps or args.truncate or args.sigma_min or args.sigma_max or args.guidance != 1):
+        raise ValueError("--plan has --steps, --truncate, --sigma-min, --sigma-max and --guidance in it: give one")
+    if args.resume and not args.train:
+        raise ValueError("--resume goes with --train")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr:g} must be a positive number")
     if args.budget is not None and not 0 < args.budget < math.inf:
         raise ValueError(f"--budget {args.budget:g} must be a positive number of MACs")
     if not any((args.train, args.search, args.sample, args.evaluate, args.ledger)):
@@ -1602,32 +1616,37 @@ def main():
     if args.train:
         if args.resume or args.checkpoint:
             args.checkpoint, *others = find_checkpoint(args)
-            if others:
+            if args.resume and others:
                 raise ValueError("--resume goes on with one checkpoint, not with several")
         args.checkpoint = [str(train(args, device, rank, world))]
         if world > 1:
             dist.barrier()                                             # until it is written
-    rows, begun = [], time.time()
-    for path in find_checkpoint(args) if args.search or args.sample or args.evaluate else ():
+    paths, rows, seconds = find_checkpoint(args) if args.search or args.sample or args.evaluate else (), [], 0.0
+
+    def opened(path):
         here = argparse.Namespace(**{**vars(args), "checkpoint": path, "n": args.n or 2000})
-        denoiser = load_models(here, device, args.precision)
+        return here, load_models(here, device, args.precision)
+
+    for path in paths if args.search or args.sample else ():
+        here, denoiser = opened(path)
         if args.search:
             search(here, denoiser, device, rank, world)
         if args.sample:
-            n = args.n or 64
+            n, begun = args.n or 64, time.time()
             images = sample(here, denoiser, get_plan(here), range(args.seed, args.seed + n)[rank::world], device)
+            seconds += time.time() - begun
             for x in images:
                 x = gather(x, world)
                 rows.append(x.repeat_interleave(images[-1].shape[-1] // x.shape[-1], 2).repeat_interleave(
                     images[-1].shape[-1] // x.shape[-1], 3))
-        if args.evaluate:
-            evaluate(here, denoiser, device, rank, world)
     if args.sample and rank == 0:
         if len({x.shape[1:] for x in rows}) > 1:
             raise ValueError("--sample: the checkpoints make images of different sizes")
         path = Path(args.out) / "samples.png"
         save_grid(path, torch.cat(rows), 8 if len(rows) == 1 else len(rows[0]))
-        print(f"{len(rows)} x {len(rows[0])} images, {time.time() - begun:.1f} s: {path}")
+        print(f"{len(rows)} x {len(rows[0])} images, {seconds:.1f} s: {path}")
+    for path in paths if args.evaluate else ():
+        evaluate(*opened(path), device, rank, world)
     if args.ledger and rank == 0:
         ledger(HERE / "results" / SCRIPT / "ledger.json")
     if dist.is_initialized():

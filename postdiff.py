@@ -1015,7 +1015,7 @@ def train(args, device, rank, world):
         return float(loss_sum) / max(count, 1)
 
     def save():
-        mean = mean_loss()
+        mean, rate = mean_loss(), count * args.batch / (time.time() - begun)
         if not all(w.isfinite().all() for w in net.parameters()):
             fail("weights are")
         if rank == 0:
@@ -1032,7 +1032,7 @@ def train(args, device, rank, world):
             images = run_plan(as_net(ema, device, args.precision), plan, z, text, alpha_bar)
             save_grid(run / "samples.png", images)
             line = dict(phase=args.phase, step=step, images_seen=common["images_seen"], loss=round(mean, 5),
-                        images_per_s=round(count * args.batch / (time.time() - begun), 1))
+                        images_per_s=round(rate, 1))
             with open(run / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 

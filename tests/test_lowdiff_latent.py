@@ -362,16 +362,6 @@ def test_guidance_needs_labels(trained, tmp_path):
     one_line(start("--sample", "--guidance", 3, "--out", tmp_path), "--guidance", "--cond")
 
 
-def test_a_pixel_checkpoint_from_before(tmp_path):
-    """Its arguments have no space: it is a pixel model."""
-    options = "--preset tiny --precision fp32 --batch 8 --save-every 3 --iters 1 --out".split() + [tmp_path]
-    assert start("--train", *options).code == 0
-    saved = load(only(tmp_path))
-    del saved["args"]["space"]
-    torch.save(saved, only(tmp_path))
-    assert start("--sample", "--n", 2, "--steps", 2, 2, 2, "--truncate", 1, 1, "--out", tmp_path).code == 0
-
-
 def test_truncation_sweep(trained, tmp_path):
     plan = c.make_plan([4, 8], [6, 2], [3], space="latent")
     assert [p["stages"][0]["evaluations"] for _, p in c.ablation(plan, "truncation")] == [1, 2, 3, 4, 5]

@@ -44,7 +44,7 @@ for part in "$@"; do case $part in
     python results/postdiff/rows.py
     $run --profile --n 64 ;;
   calibrate)
-    $run --search --method mixed --s 0 0.3 0.5 0.6 --calibration 2000 --experiment fig9 --plans runs/postdiff-fig9
+    $run --search --method mixed --steps 8 12 --s 0 0.3 0.5 0.6 --calibration 2000 --experiment fig9 --plans runs/postdiff-fig9
     $run --search --method mixed --s 0 0.3 0.5 --calibration 250 --budget 0.4 --experiment calibration --plans weights/postdiff ;;
   solver)
     $evaluate --method base --solver dpm2 --steps 20 8 --experiment solver

@@ -2,14 +2,14 @@
 # The measurements of results/postdiff, in parts: sh results/postdiff/run.sh PART..., PART one of
 #   train     the model, 100 minutes of one busy CPU core; its weights.pt, log.jsonl: weights/postdiff/weights.*
 #   main      plain 20 and 8 steps, mixed, hybrid cache, PostDiff: three seeds, 20 minutes
-#   fewer     Figs. 4, 5: fewer steps or cheaper steps; one seed, 20 minutes
+#   fewer     Figs. 4, 5, 8: fewer steps or cheaper steps; 70 minutes
 #   cache     Table 1: the cache choices; Table 5: k and m; one seed, 15 minutes
 #   rows      rows of images; Appendix A's profile: 5 minutes
 #   calibrate Appendix D, Fig. 9: do small sets rank s as a large one does?  Then Sec. 2.4's calibration
 #   solver    DPM-Solver++ instead of DDIM; 5 minutes
 #   guidance  what the weight w does to plain sampling
 #   finetune  Appendix F, Table 7: on the fixed resolution schedule, before and after
-#   kinds     Table 2's other kinds in small: an LCM, distilled from the model; a DiT, trained like it
+#   kinds     Table 2's other kinds in small: an LCM, distilled from the model; a DiT, trained like it: two hours
 # Plain 20 steps are 2.4 GMACs an image: 1,000 images take 2 minutes of a core. n is 1,000: FD compares at equal
 # n only. `python results/report.py` makes the tables and figures.
 set -e
@@ -24,14 +24,14 @@ for part in "$@"; do case $part in
     $evaluate --method base mixed cache postdiff --seeds 3 --experiment main
     $evaluate --method base --steps 8 --seeds 3 --experiment main ;;
   fewer)
-    $evaluate --method base --steps 12 16 --experiment fig4
-    $evaluate --method mixed --steps 8 12 --experiment fig4
-    $evaluate --method mixed --steps 20 --s 0.3 --experiment fig4
-    $evaluate --method postdiff --steps 8 12 16 --experiment fig4
+    $evaluate --method base --steps 12 16 --seeds 3 --experiment fig4
+    $evaluate --method mixed --steps 8 12 --seeds 3 --experiment fig4
+    $evaluate --method mixed --steps 20 --s 0.2 0.3 0.6 --seeds 3 --experiment fig4
+    $evaluate --method postdiff --steps 8 12 16 --seeds 3 --experiment fig4
     $evaluate --method mixed --steps 8 --s 0.3 --seeds 3 --experiment aim
     $evaluate --method postdiff --steps 14 --s 0.3 --seeds 3 --experiment aim
     $evaluate --method postdiff --s 0.3 --k 3 --experiment aim
-    $evaluate --method mixed --beta 0.75 --experiment fig8 ;;
+    $evaluate --method mixed --beta 0.75 --seeds 3 --experiment fig8 ;;
   cache)
     $evaluate --method base --experiment table1
     $evaluate --method cache --k 1 --m 0 --choice none --experiment table1            # without guidance
@@ -57,11 +57,16 @@ for part in "$@"; do case $part in
     python postdiff.py --checkpoint "$(ls runs/postdiff-finetune/*/weights.pt | tail -1)" --evaluate \
       --method base mixed postdiff --n 1000 --experiment table7 ;;
   kinds)
-    $run --train --distill --out runs/postdiff-lcm
-    python postdiff.py --train --arch dit --out runs/postdiff-dit
+    $run --train --distill --lcm-iters 700 --save-every 100 --out runs/postdiff-lcm
+    python postdiff.py --train --arch dit --iters 2400 --save-every 100 --out runs/postdiff-dit
     for kind in lcm dit; do
-      python postdiff.py --checkpoint "$(ls runs/postdiff-$kind/*/weights.pt | tail -1)" --evaluate \
-        --method base mixed postdiff --n 1000 --experiment "table2 $kind"
-    done ;;
+      for file in weights.pt log.jsonl; do
+        cp "$(ls runs/postdiff-$kind/*/$file | tail -1)" weights/postdiff/$kind.${file##*.}
+      done
+      python postdiff.py --checkpoint weights/postdiff/$kind.pt --evaluate --method base mixed postdiff --n 1000 --seeds 3 \
+        --experiment "table2 $kind"
+    done
+    python postdiff.py --checkpoint weights/postdiff/lcm.pt --evaluate --method base --steps 4 --n 1000 --seeds 3 --experiment "table2 lcm"
+    python postdiff.py --checkpoint weights/postdiff/lcm.pt --evaluate --method mixed --s 0.25 --n 1000 --seeds 3 --experiment "table2 lcm" ;;
   *) echo "no part '$part'" >&2; exit 1 ;;
 esac; done

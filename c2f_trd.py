@@ -390,7 +390,7 @@ def c2f_sample(stages, sequences, alpha_bar, order=1, x0=None):
 # Search: transition step (Sec. III-A3) and time step sequence, TRD (Sec. III-B)
 # ---------------------------------------------------------------------------------------------
 def uniform_steps(first, K, spacing="inclusive"):
-    """K descending steps from `first` down. inclusive: linspace to 0, both ends (the paper's, D1);
+    """K descending steps from `first` down. inclusive: linspace to 0, both ends (C2F-TRD's paper);
     exclusive: linspace to 0 in K + 1 points, without the 0; leading: first + 1 divided by
     K, from below (DDIM's); trailing: the same from above (diffusers' recommended)."""
     if spacing == "inclusive":

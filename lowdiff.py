@@ -17,8 +17,8 @@ Run (README.md has more):
     python lowdiff.py --ledger                               # the paper's networks: parameters, MACs, NFE
 
 Expect (small preset, fashion10k, one CPU core, torch 2.13): --train about 75 minutes (3,752 steps, 480,000 images,
-    110 a second) and as long for --arch edm. The shipped weights had 0.4 of that (--budget 9.4e12): garments, about
-    1.5 times as many a second as EDM, FD twice EDM's (results/lowdiff). 64 images take 4 seconds.
+    110 a second) and as long for --arch edm. The shipped weights had 0.4 of that (--budget 9.4e12): garments, 1.6
+    times as many a second as EDM, FD twice EDM's (results/lowdiff). 64 images take 4 seconds.
 
 Symbols: res_1 < ... < res_n -> stages; y_i -> x0 at each of them; D -> x0_hat; sigma, e -> sigma, eps of the
 image; s, e' -> s, eps_z of the condition z; N -> steps (Heun steps of a stage's schedule); K (not the K of the

@@ -16,7 +16,7 @@ Run (README.md has more):
     python postdiff.py --train                               # the text-to-image model itself, from scratch
     python postdiff.py --train --distill --checkpoint CHECKPOINT    # an LCM of it
 
-Expect (small preset, emoji at 32x32, counted by --ledger's counter): 1.67 million parameters, 60 MMACs a pass; of
+Expect (small preset, emoji at 32x32, attention's products included): 1.67 million parameters, 60 MMACs a pass; of
     the MACs of 20 guided steps, mixed resolution takes 62.7 %, DeepCache 61.6 %, all of PostDiff 33.5 %, and 8
     plain steps 40 %. What that does to FD and caption score: results/postdiff. Training: 80 images/s on one busy CPU
     core; the shipped weights saw 460,800 images (--iters 3600). 1,000 images of 20 plain steps take two minutes.
@@ -25,8 +25,9 @@ Symbols: T (denoising steps) -> K, their sequence -> taus; x^l, x^f -> low and f
 the paper (s, m: shares of the steps; n_low, n_guided: their numbers); CA_cache -> frozen; null text -> null.
 
 Differences from the paper, and what it leaves open:
-D1  "Step t = sT" counts from the start: the first n_low = round(s K) steps are low (half up; the FLOPs cells say so).
-    The paper names no spacing of its steps; ours is trailing (inclusive is C2F-TRD's).
+D1  "Step t = sT" counts from the start: the first n_low = round(s K) steps are low (the FLOPs cells say so), half up;
+    so is the number of guided steps, the first round(m K); of 0 of them (m = 0) nothing is frozen. The paper names
+    no spacing of its steps; ours is trailing (inclusive is C2F-TRD's).
 D2  Eq. 5 lands on the next step, K evaluations in all: re-noising at the same step would need one more, and the
     FLOPs cells leave no room for it.
 D3  A multistep solver's history starts anew at the switch (it has the wrong size).
@@ -43,7 +44,8 @@ D10 Calibration: the highest mean caption score of --calibration images within -
     steps; the cheaper one of equal scores.
 D11 Appendix A: guided full-resolution sampling; the L2 distance is per element (root mean square), since
     layers of one kind differ in size.
-D12 Appendix F: a fine-tuning step is low with probability s, its t uniform in [T (1 - s), T), else full, its t below.
+D12 Appendix F: a fine-tuning step (a whole batch, reduced by area averages) is low with probability s, its t uniform
+    in [T (1 - s), T), else full, its t below. Rate and steps are the preset's (finetune_lr), not --lr.
 D13 Preset small is no latent model: pixels, 32x32 by area averages, 2x2 a token, trained on 3,821 emoji with
     their captions. Its FD is no FID and compares with itself only.
 D14 The text encoder is an embedding of words and positions; the null text is all padding. Captions are dropped with
@@ -51,12 +53,14 @@ D14 The text encoder is an embedding of words and positions; the null text is al
 D15 LCM in small (--train --distill): LCM's distillation with our network's x0_hat as the consistency function (no
     c_skip, c_out), its errors times sqrt(alpha_bar) if it predicts eps; w uniform in 1 .. 2w - 1, captions not
     dropped; with fewer than lcm_skip training steps left, the goal is the teacher's x0_hat. Its sampler: x0_hat,
-    re-noised. A DiT in small (--arch dit): PixArt's blocks, 4x4 pixels a token, 96 wide.
+    re-noised. It is told 1000 w as a sine embedding. A DiT in small (--arch dit): PixArt's blocks without their
+    biases in attention and its caption layers, 4x4 pixels a token, 96 wide; positions span 0 .. 16 at any size.
 D16 24 channels cannot hand the 12 colours of a noisy token on, as eps_hat (and v) need them: trained so, preset small
-    still left noise on its images after 100,000. A clean token is simpler: it predicts x0, and its loss is that
+    still left noise on its samples after 100,000 images. A clean token is simpler: it predicts x0, and its loss is that
     of v but for the last noise (weight 1 / max(1 - alpha_bar, 0.01)). The network turns x0_hat into eps_hat
     itself, so nothing else knows. Preset paper: eps, as Stable Diffusion.
-Not here: SDXL's kind in small (it is in --ledger and --pipeline); the methods that the paper compares with.
+Not here: SDXL's kind in small (it is in --ledger and --pipeline; its and PixArt's size conditions stay those of the
+full size); Fig. 3, App. E; the methods that the paper compares with.
 """
 import argparse
 import copy
@@ -94,7 +98,7 @@ DEFAULTS = {"unet": dict(solver="ddim", steps=20, beta=BETA, s=S, k=K_CACHE, m=M
             "sdxl": dict(solver="ddim", steps=20, beta=0.75, s=0.2, k=K_CACHE, m=M)}   # solvers are ours)
 METHODS = ("base", "mixed", "cache", "postdiff")               # base: the off switch
 CHOICES = ("cond", "ave", "uncond", "cfg", "none")             # Sec. 2.5; none: no cross-attention cache
-SOLVERS = {"ddim": 1, "dpm2": 2, "lcm": 0}                     # order; dpm: DPM-Solver++ multistep; lcm: of LCM nets
+SOLVERS = {"ddim": 1, "dpm2": 2, "lcm": 0}                     # order; dpm2: DPM-Solver++ 2M; lcm: of LCM nets
 ARCHS = ("unet", "dit")                                        # dit: PixArt's kind, which DeepCache cannot cut
 SPACINGS = ("inclusive", "exclusive", "leading", "trailing")   # of uniform steps, see uniform_steps
 W_EMBEDDING = 256                                              # width of an LCM's guidance embedding
@@ -318,6 +322,8 @@ class UNet(nn.Module):
             return h
 
         n = len(self.down)
+        if not 0 <= depth < n:
+            raise ValueError(f"depth {depth}: this network has the depths 0 .. {n - 1}")
         first = 0 if deep is None else n - 1 - depth                           # of the up stages
         h, skips = F.pixel_unshuffle(xt, self.patch), []
         for stage in self.down[:n - first]:
@@ -546,8 +552,8 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
     K, n_guided = len(taus), len(taus) if n_guided is None else n_guided
     if any(a <= b for a, b in zip(taus, taus[1:])):
         raise ValueError(f"the steps must fall strictly: {taus}")
-    if not (0 <= n_low < K and 0 <= n_guided <= K and k >= 1 and choice in CHOICES):
-        raise ValueError(f"needs 0 <= n_low < {K}, 0 <= n_guided <= {K}, k >= 1, a choice of {CHOICES}; not "
+    if not (0 <= n_low < K and 0 <= n_guided <= K and k >= 1 and k == int(k) and choice in CHOICES):
+        raise ValueError(f"needs 0 <= n_low < {K}, 0 <= n_guided <= {K}, a whole k >= 1, a choice of {CHOICES}; not "
                          f"{n_low}, {n_guided}, {k}, {choice}")
     if n_low and low_noise is None or order == 0 and fresh is None:
         raise ValueError("n_low > 0 needs low_noise, order 0 needs fresh")
@@ -628,7 +634,7 @@ def profile(unet, run):
 # Plans: what is sampled, as a small dict; models; samples
 # ---------------------------------------------------------------------------------------------
 def uniform_steps(first, K, spacing="inclusive"):
-    """K descending steps from `first` down. inclusive: linspace to 0, both ends (the paper's, D1);
+    """K descending steps from `first` down. inclusive: linspace to 0, both ends (C2F-TRD's paper);
     exclusive: linspace to 0 in K + 1 points, without the 0; leading: first + 1 divided by
     K, from below (DDIM's); trailing: the same from above (diffusers' recommended)."""
     if spacing == "inclusive":
@@ -660,7 +666,7 @@ def make_plan(method, config, solver="ddim", steps=REFERENCE_STEPS, s=S, beta=BE
     low = round(config["res"] * beta) if mixed else config["res"]
     if not (0 <= s < 1 and 0 <= m <= 1 and 0 < beta <= 1 and k >= 1):
         raise ValueError(f"needs 0 <= s < 1, 0 <= m <= 1, 0 < beta <= 1, k >= 1: not s {s}, m {m}, beta {beta}, k {k}")
-    if mixed and low != config["res"] * beta:
+    if mixed and abs(low - config["res"] * beta) > 1e-6:
         raise ValueError(f"--beta {beta} of the resolution {config['res']} is not whole")
     plan = dict(method=method, solver=solver, taus=uniform_steps(T - 1, steps, spacing),
                 n_low=share_of(s, steps) if mixed else 0, low=low, k=k if cached else 1, depth=depth,
@@ -688,7 +694,7 @@ def check_plan(plan, config, name="plan"):
     whole("low", 1, config["res"])
     whole("k", 1, T)
     whole("depth", 0, levels * (config["blocks"] + 1) - 1)                     # last of the stages
-    multiple = patch * (1 if config["arch"] == "dit" else 2 ** (levels - 1))
+    multiple = patch * (2 if config["arch"] == "dit" else 2 ** (levels - 1))      # see build_net
     if plan["low"] % multiple:
         raise ValueError(f"{name}: the low resolution {plan['low']} must be a multiple of {multiple} for this network")
     lcm = config["phase"] == "lcm"
@@ -976,8 +982,7 @@ def train(args, device, rank, world):
     net = build_net(config, channels, len(words))
     low = make_plan("mixed", config, s=args.finetune_s, beta=args.finetune_beta)["low"] if finetune else R
     if R % net.multiple or low % net.multiple:
-        raise ValueError(f"the network halves its input: the resolutions {R} and {low} must be multiples of "
-                         f"{net.multiple}")
+        raise ValueError(f"the resolutions {R} and {low} must be multiples of {net.multiple} for this network")
     alpha_bar, mine = linear_alpha_bar(T).to(device), slice(rank, None, world)
     tokens, _ = encode(captions, words, args.tokens)
     if rank == 0:
@@ -1331,11 +1336,11 @@ def apply_postdiff(pipe, beta=BETA, s=S, k=K_CACHE, m=M, choice="cond", w=None):
     steps that does not fit."""
     if type(pipe).__name__ not in PIPELINES:
         raise ValueError(f"PostDiff knows {', '.join(PIPELINES)}, not {type(pipe).__name__}")
-    if not (0 <= s < 1 and 0 <= m <= 1 and 0 < beta <= 1 and k >= 1 and choice in CHOICES):
-        raise ValueError(f"needs 0 <= s < 1, 0 <= m <= 1, 0 < beta <= 1, k >= 1, a choice of {CHOICES}: "
+    if not (0 <= s < 1 and 0 <= m <= 1 and 0 < beta <= 1 and k >= 1 and k == int(k) and choice in CHOICES):
+        raise ValueError(f"needs 0 <= s < 1, 0 <= m <= 1, 0 < beta <= 1, a whole k >= 1, a choice of {CHOICES}: "
                          f"not s {s}, m {m}, beta {beta}, k {k}, {choice}")
-    if choice == "cfg" and w is None:
-        raise ValueError("choice 'cfg' needs w, the guidance scale")
+    if choice == "cfg" and m < 1 and w is None:
+        raise ValueError("choice 'cfg' needs w, the guidance scale (--guidance)")
     if "step" in vars(pipe.scheduler):
         raise ValueError("PostDiff is on this pipeline already: call its remove first")
     from diffusers.utils.torch_utils import randn_tensor
@@ -1412,7 +1417,7 @@ def sample_pipeline(args, device):
     if type(pipe.scheduler).__name__ not in SCHEDULERS:                # such as SD v1.5's own, PNDM
         from diffusers import DDIMScheduler
         print(f"{type(pipe.scheduler).__name__} is replaced by DDIMScheduler")
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     mixed, cached = args.method[0] in ("mixed", "postdiff"), args.method[0] in ("cache", "postdiff")
     state, remove = apply_postdiff(pipe, args.beta[0], args.s[0] if mixed else 0, args.k[0] if cached else 1,
                               args.m[0] if cached else 1, args.choice[0], args.guidance)
@@ -1524,7 +1529,7 @@ def ledger(path):
         ours, executed = cells(method="cache", m=m / 20)
         row("Table 1", f"DC+CA, m = {m}: the cell's accounting", paper,
             ours - late * (saved_full - saved_shallow), None,
-            "the cell is 15.061 or 13.001, hardly legible; no reading gives the former" if m == 10 else
+            "15.061 or 13.001 in copies of the text; no rule that fits m = 5, 15 gives either" if m == 10 else
             f"takes all cross-attentions off the {late} shallow passes too, which hold 3 of the 16")
         row("Table 1", f"DC+CA, m = {m}: executed", None, ours, executed)
     for steps, paper in ((8, 12.168), (16, 24.336), (20, 30.420)):
@@ -1620,6 +1625,8 @@ def get_args(argv=None):
     for key, values in PRESETS.items():
         if getattr(args, key, None) is None:
             setattr(args, key, values[PRESET_NAMES.index(args.preset)])
+    if args.steps and min(args.steps) < 1:
+        raise ValueError("--steps must be at least 1")
     for key in ("n", "res", "iters", "batch", "seeds", "calibration", "save_every", "finetune_iters",
                 "lcm_iters"):
         if getattr(args, key) is not None and getattr(args, key) < 1:

@@ -46,16 +46,18 @@ def table_lowdiff(rows):
 
 def table_speed():
     """Table 5: images/s beside EDM in one run; Tables 3, 7, 9 as throughput and MACs."""
-    out = ["| preset | method | parameters (EDM's) | NFE at each resolution | effective NFE | images/s (EDM's) | "
-           "times EDM's images/s | by MACs | training MACs / image, times EDM's |", "| " + "--- | " * 9]
+    out = ["| preset | method | parameters (off switch's) | NFE at each resolution | effective NFE | "
+           "images/s (off switch's) | times as many (range) | by MACs | training MACs / image, times as many |",
+           "| " + "--- | " * 9]
     rows = json.loads((FOLDER / "speed.json").read_text())
     edm = {r["space"] + r["preset"]: r["edm_macs_per_image"] / (100 if r["space"] == "latent" else 35 if r["preset"] ==
                                                                "small" else 79) for r in rows}
     for r in rows:
         space = " (latent)" if r["space"] == "latent" else ""
+        spread = " ({:.2f} to {:.2f})".format(*r["speedup_range"]) if "speedup_range" in r else ""
         out.append(f"| {r['preset']}{space} | {name_of(r)} | {r['parameters']:,} ({r['edm_parameters']:,}) | "
                    f"{' + '.join(map(str, r['nfe']))} | {r['effective_nfe']} | {r['images_per_s']:.1f} "
-                   f"({r['edm_images_per_s']:.1f}) | **{r['speedup']:.2f}** | "
+                   f"({r['edm_images_per_s']:.1f}) | **{r['speedup']:.2f}**{spread} | "
                    f"{r['edm_macs_per_image'] / r['macs_per_image']:.2f} | "
                    f"{r['train_macs_per_image'] / edm[r['space'] + r['preset']]:.2f} |")
     return out

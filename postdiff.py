@@ -1626,7 +1626,7 @@ def get_args(argv=None):
         if getattr(args, key, None) is None:
             setattr(args, key, values[PRESET_NAMES.index(args.preset)])
     if args.steps and min(args.steps) < 1:
-        raise ValueError("--steps must be at least 1")
+        raise ValueError(f"--steps must be at least 1, not {min(args.steps)}")
     for key in ("n", "res", "iters", "batch", "seeds", "calibration", "save_every", "finetune_iters",
                 "lcm_iters"):
         if getattr(args, key) is not None and getattr(args, key) < 1:

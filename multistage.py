@@ -39,7 +39,8 @@ D5  Eq. 22 minimises the sum of S, a similarity: its sign is wrong. The official
 D6  Gradient clustering: one checkpoint of a unified network and 128 images; the paper averages checkpoints.
 D7  Time and SNR clustering: Go et al.'s, on 1000 levels, stages of 1/2n to 3/2n of them (n = 3: the official bounds).
 D8  A batch is of one stage, VP: each with probability 1 / n, whatever its length, as the official training
-    (--stage-probability). Adam and its momentum leave the decoders of the other stages alone.
+    (--stage-probability). Adam and its momentum leave the decoders of the other stages alone. --mixed-batches
+    draws the stage image by image, so that every step trains every decoder, at the same MACs.
 D9  EDM's stage has the probability of its sigmas (.961, .035, .004 at the paper's edges), and the sigmas
     of a batch are drawn by the inverse CDF instead of rejection: the same distribution. The last decoder
     hardly trains; that is the paper's. The bottleneck is shared here, the official EDM code has one per decoder.
@@ -1071,7 +1072,8 @@ def default_solver(config):
 def method_name(config):
     """Row of Table 3: multistage, unified, separate with +ES (early stopping), +TP (tailored parameters)."""
     name = config["arch"] + "+ES" * config["early_stopping"]
-    return name + "+TP" * (config["arch"] == "separate" and len(set(config["widths"])) > 1)
+    name += "+TP" * (config["arch"] == "separate" and len(set(config["widths"])) > 1)
+    return name + ", mixed batches" * config.get("mixed_batches", False)
 
 
 def load_net(args, device):
@@ -1201,7 +1203,8 @@ def train(args, device, rank, world):
     if len(probability) != n or not (min(probability) >= 0 and abs(sum(probability) - 1) <= 1e-6):
         raise ValueError(f"--stage-probability: {n} shares that add up to 1 are needed, not {probability}")
     config = {k: getattr(args, k) for k in (*PRESETS, "data", "preset", "arch", "diffusion", "edges", "seed",
-                                            "early_stopping", "stage_probability", "budget", "clustering", "space")}
+                                            "early_stopping", "stage_probability", "mixed_batches", "budget",
+                                            "clustering", "space")}
     config.update({k: getattr(args, k) for k in ("latent", "factor", "ae_iters") if latent})
     macs = network_macs(json.dumps(config), channels)
     if args.budget and not args.resume:                                # METHOD: equal training MACs for all arms
@@ -1292,7 +1295,8 @@ def train(args, device, rank, world):
         plan = make_plan(config, default_solver(config), 6 if args.diffusion == "edm" else 10)
         save_grid(run / "samples.png", sample(grid, best or ema, plan, range(32), device))
         each = [round(float(v) / c, 5) if c else None for v, c in zip(loss_sum, count)]
-        line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5), stages=each,
+        line = dict(step=step, images_seen=step * args.batch, loss=round(mean, 5),
+                    stages=None if args.mixed_batches else each,
                     training_macs=spent[1], images_per_s=rate,
                     **result, **({"held_out": [round(v, 6) for v in best_loss]} if best else {}))
         with open(run / "log.jsonl", "a") as log:
@@ -1306,12 +1310,16 @@ def train(args, device, rank, world):
         now.seen = dict(images_seen=step * args.batch, step=step, training_macs=spent[1], forward_macs=spent[0])
         return dict(fd=evaluate(now, best or ema, device, rank, world))
 
-    todo, shares = range(step + 1, args.iters + 1), list(itertools.accumulate(probability))
+    todo, last = range(step + 1, args.iters + 1), max(s for s in range(n) if probability[s])
+    shares = torch.tensor(list(itertools.accumulate(probability))[:-1])
     for step in progress(todo, f"train {method_name(config)}", args.batch, note=lambda: f"loss {mean_loss():.4f}"):
         torch.manual_seed(args.seed * 10_000_019 + step)
-        stage = min(bisect_right(shares, float(torch.rand(()))), max(s for s in range(n) if probability[s]))
+        stage = torch.bucketize(torch.rand(args.batch if args.mixed_batches else 1), shares, right=True).clamp(max=last)
         i, u = torch.randint(0, len(x), (args.batch,)), torch.rand(args.batch, dtype=torch.float64)
-        level = stage_levels(u, stage, args.edges, args.diffusion)[mine].to(device)
+        level = torch.stack([stage_levels(u, s, args.edges, args.diffusion) for s in range(n)])
+        level = level[stage, torch.arange(args.batch)][mine].to(device)
+        each = [args.batch * v / len(stage) for v in stage.bincount(minlength=n).tolist()]     # images of each stage
+        stage = stage[mine] if args.mixed_batches else int(stage)      # METHOD: an int: one decoder runs
         x0 = x[i[mine]] if latent else to_float(x[i[mine]])
         if args.flip and not latent:
             x0 = torch.where(torch.rand(args.batch)[mine, None, None, None] < 0.5, x0.flip(-1), x0)
@@ -1328,11 +1336,12 @@ def train(args, device, rank, world):
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-        spent = [v + m * args.batch for v, m in zip(spent, macs[stage])]
+        spent = [v + sum(int(k) * m[i] for k, m in zip(each, macs)) for i, v in enumerate(spent)]
         if sum(count) and (step - 1) % args.save_every == 0:           # a new window
             loss_sum, count, begun = torch.zeros(n, device=device), [0] * n, time.time()
-        loss_sum[stage] += loss.detach()
-        count[stage] += 1
+        slot = 0 if args.mixed_batches else stage
+        loss_sum[slot] += loss.detach()
+        count[slot] += 1
         if step % 50 == 0:
             mean_loss()                                                # stops at a NaN
         if step % args.save_every == 0 or step == args.iters:
@@ -1644,6 +1653,7 @@ def get_args(argv=None):
                    "next to the data first; default: the preset's, or Eq. 23 of them")
     m.add_argument("--early-stopping", action="store_true", help="ES, with --arch separate (D10)")
     m.add_argument("--stage-probability", type=float, nargs="+", help="share of the batches of each stage (D8)")
+    m.add_argument("--mixed-batches", action="store_true", help="each image of a batch its own stage (D8)")
     m.add_argument("--budget", type=float, help="training MACs, backward included: sets --iters")
     args = p.parse_args(argv)
     preset = {key: values[PRESET_NAMES.index(args.preset)] for key, values in PRESETS.items()}

@@ -743,6 +743,23 @@ def test_arms(tmp_path, few_images, argv, name):
                 assert loss == pytest.approx(saved["best_loss"][s], rel=1e-4)
 
 
+def test_mixed_batches(tmp_path, few_images, monkeypatch):
+    """Each image of a batch at a noise level of its own stage, through that stage's decoder; MACs are the drawn ones."""
+    loss, seen = m.diffusion_loss, []
+    monkeypatch.setattr(m, "diffusion_loss", lambda net, x0, level, eps, diffusion, stage, *rest: (
+        seen.append((level, stage)), loss(net, x0, level, eps, diffusion, stage, *rest))[1])
+    result = start("--train", "--mixed-batches", *TINY, "--iters", 3, "--save-every", 3, "--out", tmp_path)
+    assert result.code == 0 and "mixed batches" in result.out, result.err
+    saved = load(only(tmp_path, "*/checkpoint.pt"))
+    assert m.method_name(saved["args"]) == "multistage, mixed batches"
+    seen = [pair for pair in seen if pair[0].device.type == "cpu"]             # not those whose MACs are counted
+    assert len(seen) == 3 and all(torch.equal(m.stage_of(level, [0.4, 0.6]), stage) for level, stage in seen)
+    stages, macs = torch.cat([stage for _, stage in seen]), m.network_macs(json.dumps(saved["args"]), 1)
+    assert all(len(stage.unique()) > 1 for _, stage in seen) and len(stages.unique()) == 3
+    assert saved["training_macs"] == sum(macs[s][1] for s in stages.tolist())
+    assert saved["forward_macs"] == sum(macs[s][0] for s in stages.tolist())
+
+
 def test_latent_space(tmp_path, few_images):
     """One autoencoder for the clustering and every arm of a folder; sampled, decoded and evaluated; gone on with."""
     options = ("--space latent --preset tiny --precision fp32 --batch 4 --save-every 2 --samples 40 --out".split()

@@ -7,7 +7,8 @@ from tables import groups, pm
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER.parent.parent / "weights" / "multistage"
-ORDER = ("unified", "separate", "separate+ES", "separate+TP", "separate+ES+TP", "multistage")       # Table 3's
+ORDER = ("unified", "separate", "separate+ES", "separate+TP", "separate+ES+TP", "multistage",       # Table 3's
+         "multistage, mixed batches")
 
 
 def load():

@@ -743,8 +743,8 @@ def test_arms(tmp_path, few_images, argv, name):
                 assert loss == pytest.approx(saved["best_loss"][s], rel=1e-4)
 
 
-def test_mixed_batches(tmp_path, few_images, monkeypatch):
-    """Each image of a batch at a noise level of its own stage, through that stage's decoder; MACs are the drawn ones."""
+def test_training_on_mixed_batches(tmp_path, few_images, monkeypatch):
+    """Each image of a batch at a noise level of its own stage, through that stage's decoder."""
     loss, seen = m.diffusion_loss, []
     monkeypatch.setattr(m, "diffusion_loss", lambda net, x0, level, eps, diffusion, stage, *rest: (
         seen.append((level, stage)), loss(net, x0, level, eps, diffusion, stage, *rest))[1])

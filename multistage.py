@@ -8,8 +8,9 @@ width it needs. The best possible denoiser of a data set is known in closed form
 before anything is trained, in a minute.
 
 Run (README.md has more):
+    python multistage.py --sample                            # 64 images from the shipped weights: seconds
     python multistage.py --cluster                           # the edges of three stages, from the images
-    python multistage.py --train --sample --evaluate         # clusters first if there is no plan yet
+    python multistage.py --train --sample --evaluate         # clusters first if there is no plan yet; over an hour
     python multistage.py --train --arch unified              # off switch: a plain U-Net and DPM-Solver
     python multistage.py --train --arch unified --diffusion edm     # off switch of EDM
     python multistage.py --train --arch separate --widths 24 24 24 --budget 2e13    # Table 3, equal MACs
@@ -17,8 +18,9 @@ Run (README.md has more):
     torchrun --nproc_per_node=2 -- multistage.py --train        # two processes (or GPUs)
     python multistage.py --ledger                            # Tables 2, 4, 5, 6, 7: parameters, MACs, edges
 
-Expect (small preset, fashion10k): --cluster finds edges .517 and .706 in 20 s of one CPU core; --ledger
-    takes as long. --train: 5,000 steps, 640,000 images, 80 minutes; the shipped weights saw a third (--budget 30e12).
+Expect (small preset, fashion10k): --cluster finds edges .517 and .706 in CLUSTER_TIME of one CPU core; --ledger takes
+    as long. --train: 5,000 steps, 640,000 images, 80 minutes; the shipped weights saw a third (--budget 30e12):
+    FD 3.31, the unified network's 2.83 (lower is better): here, so early, the decoders do not pay.
 
 Symbols: t in [0, 1] -> t; s_t, sigma_t -> scale_of, sigma_of (xt = scale (x0 + sigma eps)); t_1, t_2 -> edges,
 stage 0 is next to the data; D, S -> similarity; eta, alpha, K -> ETA, ALPHA, samples; lambda -> lam = -log sigma;
@@ -27,7 +29,8 @@ x0_hat, eps_hat -> predictions. NFE: an evaluation of the network, in the stage 
 Differences from the paper, and what it leaves open:
 D1  The text swaps s_t and sigma_t and loses a t (s_0 = .638). The usual VP schedule of the official code.
 D2  Algorithm 1 takes the largest tau with a running mean of at least alpha; where the similarity rises again
-    that may lie beyond a deep dip. Ours: the tau at which the mean falls below alpha first. --cluster prints both.
+    that may lie beyond a deep dip. Ours: the tau at which the mean falls below alpha first. --cluster prints both; on
+    fashion10k the similarity rises again, too, but not enough: the two are equal.
 D3  Similarity to eps*_1: the text compares with eps*_1(x_1), the official code with what eps*_1 makes of xt.
     The text's is .15 later on fashion10k. Ours: the code's; --cluster prints both. The code clusters images in
     [0, 1] but trains on [-1, 1]; ours: [-1, 1] for both (--unit-range: the code's).
@@ -44,7 +47,7 @@ D8  A batch is of one stage, VP: each with probability 1 / n, whatever its lengt
 D9  EDM's stage has the probability of its sigmas (.961, .035, .004 at the paper's edges), and the sigmas
     of a batch are drawn by the inverse CDF instead of rejection: the same distribution. The last decoder
     hardly trains; that is the paper's. The bottleneck is shared here, the official EDM code has one per decoder.
-D10 Early stopping: the last tenth of the images (at most 1000) is not trained on; each network's
+D10 Early stopping: every tenth image (at most 1000) is not trained on; each network's
     average is kept where its loss on them was lowest at a save. Training goes on: equal budgets stay equal.
 D11 Preset paper: the official DDPM++ with FIR resampling and input pyramid: parameters to the integer. One
     number of groups per decoder (official: per layer); edges are edges (official: 999 t against 1000 t_1).
@@ -61,7 +64,7 @@ D17 DPM-Solver++ 2M takes its last step at first order: evenly spaced in t, it i
     extrapolation makes N(0, 1) data 1.15 times too wide (official: multistep to the end, t_end 1e-3, 1.10).
 D18 EDM here has the VP preset's learning rate, EMA, dropout, flips and gradient clipping, not EDM's own.
 D19 A decoder 8 wide cannot hand xt through to eps_hat, which needs it next to the noise most precisely of all: preset
-    small trained on eps gave noise (FD 26 after 115,000 images, 5.5 with v). Its VP networks, the unified one too,
+    small trained on eps gave noise. Its VP networks, the unified one too,
     predict v = s (eps - sigma x0) and are trained on it; the samplers get eps_hat = s (v_hat + sigma xt). Presets
     of the paper: eps, as the official code.
 Not here: the paper's Fig. 2; EDM's own network.
@@ -544,8 +547,8 @@ def model_data(args, device):
 
 
 def digest(autoencoder):
-    """A short name of an autoencoder's weights, by which a plan knows whose latents it is of; None for pixels."""
-    if autoencoder is None:
+    """A short name of an autoencoder's weights, by which a plan knows whose latents it is of; None without one."""
+    if not isinstance(autoencoder, Autoencoder):
         return None
     flat = torch.cat([v.detach().flatten().cpu() for v in autoencoder.state_dict().values()])
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
@@ -716,7 +719,8 @@ def best_partition(cost, n, smallest=1, largest=None):
 
 def similarity_cost(similarity, mean=False):
     """METHOD: Eq. 22 with its sign put right (D5): cost[i, j] = sum of 1 - S over the square i .. j-1.
-    mean: -mean of S over it, as the official code has it, which favours stages of a single level."""
+    similarity (G, G) in [0, 1]. mean: -mean of S over it, as the official code has it, which favours stages of a
+    single level."""
     G = len(similarity)
     s = torch.zeros(G + 1, G + 1, dtype=torch.float64)
     s[1:, 1:] = similarity.cumsum(0).cumsum(1)
@@ -726,7 +730,8 @@ def similarity_cost(similarity, mean=False):
 
 
 def centre_affinity_cost(affinity):
-    """Go et al. (Table 4): cost[i, j] = -sum of the affinity of i .. j-1 to their middle element."""
+    """Go et al. (Table 4): cost[i, j] (G, G + 1) = -sum of the affinity (G, G), higher: more alike, of i .. j-1 to
+    their middle element."""
     G = len(affinity)
     s = F.pad(affinity.double().cumsum(1), (1, 0))
     i, j = torch.arange(G)[:, None], torch.arange(G + 1)[None]
@@ -734,52 +739,70 @@ def centre_affinity_cost(affinity):
     return s[centre, i] - s[centre, j]
 
 
+def optimal_edges_of_three(data, samples):
+    """METHOD: Algorithm 1 on data (N, C, R, R), float: ([t1, t2], report)."""
+    t, s0, s1, s1_xt = similarity_to_ends(data, samples)
+    readings = algorithm1(t, s0, s1_xt) + algorithm1(t, s0, s1)
+    names = ("first crossing, eps*_1 of xt", "arg max, eps*_1 of xt", "first crossing, eps*_1 of x_1",
+             "arg max, eps*_1 of x_1")
+    bins = [(k * t.numel() // 100, (k + 1) * t.numel() // 100) for k in range(100)]
+    return readings[0], dict(samples=samples, readings=dict(zip(names, readings)), curves=[
+        [round(float(v[a:b].mean()), 5) for v in (t, s0, s1_xt, s1)] for a, b in bins if b > a])
+
+
+def optimal_edges(data, samples, n):
+    """METHOD: Algorithm 2 on data (N, C, R, R), float: ([t1 .. t_(n-1)], report)."""
+    nodes = torch.cat([T_FIRST + 0.05 * torch.arange(20), torch.ones(1)]).double()
+    if n > len(nodes):
+        raise ValueError(f"{n} stages do not fit on {len(nodes)} noise levels")
+    samples = max(1, samples // 20)
+    maps = {what: similarity_map(data, samples, nodes, what) for what in ("eps", "x0")}
+    middle = (nodes[1:] + nodes[:-1]) / 2
+    rules = ("least sum of 1 - S", "largest mean of S")
+    readings = {f"{rule}, {what}": [float(middle[c - 1]) for c in best_partition(similarity_cost(s, mean), n)]
+                for mean, rule in enumerate(rules) for what, s in maps.items()}
+    return readings["least sum of 1 - S, eps"], dict(
+        samples=samples, readings=readings, nodes=nodes.tolist(),
+        map=[[round(v, 4) for v in row] for row in maps["eps"].tolist()])
+
+
+def go_edges(t, affinity, n):
+    """Go et al. (Table 4): n stages of the levels t (G,) by their affinity (G, G): [t1 .. t_(n-1)] (D7)."""
+    G = len(t)
+    cuts = best_partition(centre_affinity_cost(affinity), n, G // (2 * n), -(-3 * G // (2 * n)))
+    return [float(t[c]) for c in cuts]
+
+
 def cluster_timesteps(method, n, data=None, samples=10_000, affinity=None):
     """METHOD: Table 4: edges [t1 .. t_(n-1)] of n stages, and a report (a dict of what was found).
 
     optimal: Algorithm 1 (n = 3) or 2; optimal2: Algorithm 2; both need data (N, C, R, R), float. time, snr
     (Go et al.): no data. gradient (Go et al.): affinity (G, G) between G even noise levels, see
-    gradient_affinity."""
-    report = dict(clustering=method, n=n)
+    gradient_affinity. Raises ValueError for what is missing, and if no n stages are found."""
+    t, report = torch.arange(1, 1001).double() / 1000, {}
     if n == 1:
         edges = []
     elif method == "optimal" and n == 3:
-        t, s0, s1, s1_xt = similarity_to_ends(data, samples)
-        readings = algorithm1(t, s0, s1_xt) + algorithm1(t, s0, s1)
-        names = ("first crossing, eps*_1 of xt", "arg max, eps*_1 of xt", "first crossing, eps*_1 of x_1",
-                 "arg max, eps*_1 of x_1")
-        bins = [(k * t.numel() // 100, (k + 1) * t.numel() // 100) for k in range(100)]
-        report.update(samples=samples, readings=dict(zip(names, readings)), curves=[
-            [round(float(v[a:b].mean()), 5) for v in (t, s0, s1_xt, s1)] for a, b in bins if b > a])
-        edges = readings[0]
+        edges, report = optimal_edges_of_three(data, samples)
     elif method in ("optimal", "optimal2"):
-        nodes = torch.cat([T_FIRST + 0.05 * torch.arange(20), torch.ones(1)]).double()
-        maps = {what: similarity_map(data, max(1, samples // 20), nodes, what) for what in ("eps", "x0")}
-        middle = (nodes[1:] + nodes[:-1]) / 2
-        rules = ("least sum of 1 - S", "largest mean of S")
-        readings = {f"{rule}, {what}": [float(middle[c - 1]) for c in best_partition(similarity_cost(s, mean), n)]
-                    for mean, rule in enumerate(rules) for what, s in maps.items()}
-        report.update(samples=max(1, samples // 20), readings=readings, nodes=nodes.tolist(),
-                      map=[[round(v, 4) for v in row] for row in maps["eps"].tolist()])
-        edges = readings["least sum of 1 - S, eps"]
-    elif method not in ("time", "snr") and (method != "gradient" or affinity is None):
-        raise ValueError(f"no clustering '{method}', or no affinity for it")
-    else:
-        t = torch.arange(1, 1001).double() / 1000 if affinity is None else \
-            torch.arange(1, len(affinity) + 1).double() / len(affinity)
+        edges, report = optimal_edges(data, samples, n)
+    elif method in ("time", "snr"):
         level = t if method == "time" else 2 * sigma_of(t).log()
-        affinity = -(level[:, None] - level).abs() if affinity is None else affinity
-        cost, G = centre_affinity_cost(affinity), len(t)
-        edges = [float(t[c]) for c in best_partition(cost, n, G // (2 * n), -(-3 * G // (2 * n)))]
+        edges = go_edges(t, -(level[:, None] - level).abs(), n)
+    elif method == "gradient" and affinity is not None:
+        edges = go_edges(torch.arange(1, len(affinity) + 1).double() / len(affinity), affinity, n)
+    else:
+        raise ValueError(f"no clustering '{method}', or no affinity for it")
     edges = [round(e, 4) for e in edges]
     if len(check_edges(edges, f"clustering '{method}'")) != n - 1:
         raise ValueError(f"clustering '{method}' found {len(edges) + 1} stages, not {n}")
-    return edges, dict(edges=edges, **report)
+    return edges, dict(clustering=method, n=n, edges=edges, **report)
 
 
 def gradient_affinity(net, config, x, levels=100, batch=128, seed=CLUSTER_SEED):
     """Go et al.: cosine similarities (levels, levels) of the gradients of a unified network's loss at even
-    noise levels t = 1 / levels .. 1, each with the same images of x (N, C, R, R) and the same eps (D6)."""
+    noise levels t = 1 / levels .. 1, each with the same images of x (N, C, R, R) and the same eps (D6). Float64, on
+    the CPU. Memory: levels x parameters floats, which is 43 GB for preset paper."""
     if config["arch"] != "unified":
         raise ValueError("gradient clustering needs a checkpoint of --arch unified: one set of weights")
     g, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
@@ -796,7 +819,7 @@ def gradient_affinity(net, config, x, levels=100, batch=128, seed=CLUSTER_SEED):
 
 
 # ---------------------------------------------------------------------------------------------
-# Loss
+# Loss; first what a network's output means
 # ---------------------------------------------------------------------------------------------
 def vp_eps(net, xt, t, stage, predict="eps"):
     """eps_hat of a VP network that gives eps_hat or v_hat (D19); t float or float64 (B,)."""
@@ -925,18 +948,19 @@ def edm_sigmas(steps):
     return [(a + (b - a) * k / max(steps - 1, 1)) ** RHO for k in range(steps)] + [0.0]
 
 
-# differs: no truncation, and it starts from noise at sigmas[0]
-def heun_sample(denoiser, x, sigmas):
-    """EDM's deterministic sampler, 2 len(sigmas) - 3 evaluations. denoiser(x, sigma) -> x0_hat, sigma a
-    float; x (B, C, H, W): N(0, sigmas[0]^2); sigmas descend, the last is 0."""
+# differs: no truncation
+def heun_sample(denoiser, noise, sigmas):
+    """EDM's Algorithm 1: Heun's method from sigmas[0] to sigmas[-1] = 0, where the last step is Euler's;
+    2 len(sigmas) - 3 evaluations. denoiser(xt, sigma float) -> x0_hat. noise (B, C, H, W), standard normal. The state
+    is float64, as EDM's."""
+    xt = noise.double() * sigmas[0]
     for sigma, sigma_next in itertools.pairwise(sigmas):
-        d = (x - denoiser(x, sigma)) / sigma
-        x_next = x + (sigma_next - sigma) * d
+        h, slope = sigma_next - sigma, (xt - denoiser(xt, sigma)) / sigma
+        x_next = xt + h * slope
         if sigma_next > 0:
-            d_next = (x_next - denoiser(x_next, sigma_next)) / sigma_next
-            x_next = x + (sigma_next - sigma) * (d + d_next) / 2
-        x = x_next
-    return x
+            x_next = xt + h * (slope / 2 + (x_next - denoiser(x_next, sigma_next)) / sigma_next / 2)
+        xt = x_next
+    return xt
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1030,9 +1054,8 @@ def run_sampler(net, config, z, solver, steps, t_end=T_END, trace=lambda t, stag
         return stage
 
     if solver == "heun":
-        sigmas = edm_sigmas(steps)
-        return heun_sample(lambda x, sigma: edm_x0(net, x, sigma, stage_at(float(t_of(sigma)))),
-                           z * sigmas[0], sigmas)
+        return heun_sample(lambda x, sigma: edm_x0(net, x.float(), sigma, stage_at(float(t_of(sigma)))), z,
+                           edm_sigmas(steps))
     def eps_model(xt, t):
         return vp_eps(net, xt, t, stage_at(t), config["predict"])
     if solver == "dpm2m":
@@ -1070,9 +1093,12 @@ def default_solver(config):
 
 
 def method_name(config):
-    """Row of Table 3: multistage, unified, separate with +ES (early stopping), +TP (tailored parameters)."""
+    """Row of Table 3: multistage, unified, separate with +ES (early stopping), +TP (tailored parameters); and how it
+    was trained, if not as the paper."""
     name = config["arch"] + "+ES" * config["early_stopping"]
     name += "+TP" * (config["arch"] == "separate" and len(set(config["widths"])) > 1)
+    if config["stage_probability"]:
+        name += f", shares {' '.join(f'{p:.2f}' for p in config['stage_probability'])}"
     return name + ", mixed batches" * config.get("mixed_batches", False)
 
 
@@ -1209,14 +1235,18 @@ def train(args, device, rank, world):
     macs = network_macs(json.dumps(config), channels)
     if args.budget and not args.resume:                                # METHOD: equal training MACs for all arms
         a_step = sum(p * step for p, (_, step) in zip(probability, macs)) * args.batch
-        args.iters = config["iters"] = max(1, round(args.budget / a_step))
+        args.iters = config["iters"] = round(args.budget / a_step)
+        if args.iters < 1:
+            raise ValueError(f"--budget {args.budget:g} is less than one step of {a_step:.2g} MACs")
     if args.fd_every:                                                  # found out now, not at the first FD
         width = load_extractor(args.data, device, args.inception)[0].width
         if args.fd_n <= width:
             raise ValueError(f"--fd-n {args.fd_n} is too small for FD with {width} features")
     held_out, mine = None, slice(rank, None, world)
-    if args.early_stopping:                                            # the last images are not trained on (D10)
-        x, held_out = x.tensor_split([-max(1, min(1000, len(x) // 10))])
+    if args.early_stopping:                                            # every tenth image, at most 1000 (D10)
+        every = min(len(x), max(10, -(-len(x) // 1000)))
+        rest = torch.arange(len(x)) % every < every - 1
+        x, held_out = x[rest], x[~rest]
         held_out = (held_out if latent else to_float(held_out)).to(device)
         z = noise_for(range(len(held_out)), tuple(held_out.shape[1:])).to(device)
     torch.manual_seed(args.seed)
@@ -1287,7 +1317,7 @@ def train(args, device, rank, world):
         if rank == 0:
             save_checkpoint(run / "checkpoint.pt", **common, ema=state, net=net.state_dict(),
                             optimizer=optimizer.state_dict(), best=best and best.state_dict(), best_loss=best_loss)
-        result = measure_while_training() if args.fd_every and step % args.fd_every == 0 else {}
+        result = measure_while_training() if args.fd_every and (step % args.fd_every == 0 or step == args.iters) else {}
         if rank > 0:
             return
         grid = argparse.Namespace(config=config, channels=channels, precision=args.precision,
@@ -1410,7 +1440,8 @@ def append_result(args, device, plan, experiment, **measured):
         preset=config["preset"], space=config["space"], clustering=config["clustering"], edges=config["edges"],
         widths=config["widths"], training_seed=config["seed"], **measured, nfe=plan["nfe"], macs_per_image=macs,
         macs_per_evaluation=per_evaluation, parameters=parameters, **args.seen,
-        table2_pmacs=per_evaluation * args.seen["step"] / 1e15,        # the paper's: per image, no backward
+        table2_pmacs=per_evaluation * args.seen["step"] / 1e15,        # Table 2's way: one image a step, no backward
+        training=config,
         device=device_name(device), torch=torch.__version__, source_sha256=sha256_of(__file__), plan=plan,
         args=plain_args(args)))
 
@@ -1475,7 +1506,8 @@ NOTES = {("Table 5, 4", "total", "G"): "the printed one is architecture 3's",
          ("Table 7, 2", "stage 2", "M"): "the printed cell is stage 2 of n = 4 (width 144 on an encoder of 96); "
                                          "136 M, 26.59 G and 188 M together fit widths 208, 128",
          ("Table 7, 2", "stage 2", "G"): "as above", ("Table 7, 2", "total", "G"): "with 16.85: 21.49",
-         ("Table 7, 3", "total", "M"): "Table 5 prints 237 for the same network"}
+         ("Table 7, 3", "total", "M"): "Table 5 prints 237 for the same network",
+         ("Table 7, 3", "total", "G"): "by .426/.626, as Table 5; by the text's .442/.631 it is 18.90"}
 
 
 def count_both(layer, *inputs):
@@ -1555,10 +1587,10 @@ def ledger(path):
         nfe = make_plan(dict(config, edges=PAPER_EDGES), "dpm3", 20)["nfe"]
         row(f"Table 5, {i}", f"total: GFLOPs by NFE {nfe}", None, sum(n * f for n, f in zip(nfe, flops)) / 20 / 1e9,
             "what the caption says; the printed cells are by length of .426/.626" if i == 1 else "")
-    nodes = [stage_of((999 - 49.95 * k) / 1000, PAPER_EDGES) for k in range(20)]
-    nfe = [nodes.count(s) for s in range(3)]                           # of DPM-Solver++ 2M, 20 steps
     for i, (ch, widths, m, g) in enumerate(TABLE6, 1):
-        _, total = network(f"Table 6, {i}", paper_config("paper-ldm", ch, widths), nfe, m, g, f"NFE {nfe}")
+        config = paper_config("paper-ldm", ch, widths)
+        nfe = make_plan(dict(config, edges=PAPER_EDGES), "dpm2m", 20)["nfe"]
+        _, total = network(f"Table 6, {i}", config, nfe, m, g, f"NFE {nfe}")
         totals.append(total)
     row("Table 6, 4", "total with attention in all decoders, M", None,
         measure_network(json.dumps(paper_config("paper-ldm", *TABLE6[3][:2], attended=None)))[1] / 1e6,
@@ -1643,7 +1675,7 @@ def get_args(argv=None):
     m.add_argument("--t-end", type=float, default=T_END, help="last t of DPM-Solver")
     m.add_argument("--clustering", default="optimal", choices=CLUSTERINGS, help="Table 4; gradient needs a "
                    "checkpoint of a unified network")
-    m.add_argument("--stages", type=int, default=3, help="number of stages")
+    m.add_argument("--stages", type=int, help="number of stages (3, or as --edges say)")
     m.add_argument("--edges", type=float, nargs="+", help="of the stages, instead of a clustering's")
     m.add_argument("--plan", help="a plan.json with the edges, instead of OUT/plan_CLUSTERING_STAGES.json")
     m.add_argument("--samples", type=int, help="K of Algorithms 1 and 2 (its 21 levels count as 20)")
@@ -1664,24 +1696,34 @@ def get_args(argv=None):
         preset.update(LATENT_PRESETS[args.preset])
     elif args.autoencoder:
         raise ValueError("--autoencoder goes with --space latent")
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        raise ValueError(f"--budget {args.budget} must be a positive number of MACs")
+    if args.iters is not None and args.budget is not None:
+        raise ValueError("--iters and --budget both say how long to train: give one")
     for key, value in preset.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     for key in ("n", "iters", "batch", "seeds", "save_every", "fd_every", "fd_n", "stages", "samples"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
-    if args.edges is not None:
-        args.stages = len(check_edges(args.edges)) + 1
+    if args.edges is not None and (args.plan or args.stages not in (None, len(check_edges(args.edges)) + 1)):
+        raise ValueError(f"--edges {args.edges} contradicts --plan or --stages")
+    args.stages = args.stages or (3 if args.edges is None else len(args.edges) + 1)
+    if args.stages > 20:
+        raise ValueError(f"--stages {args.stages}: the noise levels are clustered into 20 stages at most")
+    if args.own_widths and not args.plan and len(args.own_widths) != (1 if args.arch == "unified" else args.stages):
+        raise ValueError(f"--widths {args.own_widths}: {args.stages} stages need {args.stages} decoders, not "
+                         f"{len(args.own_widths)} (--arch unified: one)")
+    if not 0 < args.lr < math.inf or not 0 <= args.decay <= 1:
+        raise ValueError(f"--lr {args.lr} must be a positive number, --decay {args.decay} a share")
     if min([args.ch, *(args.own_widths or [])]) < 4:
         raise ValueError(f"--ch {args.ch}, --widths {args.own_widths}: widths must be at least 4")
-    if not T_FIRST / 100 <= args.t_end < 1:
-        raise ValueError(f"--t-end {args.t_end} is not in [{T_FIRST / 100:g}, 1)")
+    if not 1e-5 <= args.t_end < 1:                                     # 1e-5: the smallest t of the training
+        raise ValueError(f"--t-end {args.t_end} is not in [1e-5, 1)")
     if args.early_stopping and args.arch != "separate":
         raise ValueError("--early-stopping needs --arch separate: stages that share an encoder cannot stop apart")
     if args.fd_every and args.fd_every % args.save_every:
         raise ValueError(f"--fd-every {args.fd_every} is no multiple of --save-every {args.save_every}")
-    if args.budget is not None and not 0 < args.budget < math.inf:
-        raise ValueError(f"--budget {args.budget} must be a positive number of MACs")
     if not any((args.train, args.search, args.sample, args.evaluate, args.ledger)):
         p.error("nothing to do: give --search, --train, --sample, --evaluate or --ledger")
     return args

@@ -206,7 +206,7 @@ def table_summary(rows):
                     f"{faster:.2f} times the images/s", "1.55 times the images/s, FD no worse",
                     faster >= 1.55 and average(b) <= average(a)))
     many = report_of("multistage")
-    found = {r[0]["method"]: r for r in groups(many.load(), many.same, "table3")}
+    found = {r[0]["method"]: r for r in groups(many.load(), many.same, "fig1d")}
     a, b = found["unified"], found["multistage"]
     out.append(line("multistage.py", f"unified, 20 evaluations: {fd(a)}", f"3 decoders: {fd(b)}",
                     "equal training MACs", "the unified FD at 60 % of the training MACs",

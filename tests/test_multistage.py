@@ -22,6 +22,7 @@ from PIL import Image
 
 import c2f_trd
 import common
+import lowdiff
 import multistage as m
 from in_process import start_script
 
@@ -277,8 +278,7 @@ def test_optimal_denoiser(kernel):
     assert torch.allclose(found[0], eps[0], atol=1e-4)               # only the own image is left
     mean = (xt[-1] / s[-1] - data.mean(0)) / sigma[-1]
     assert torch.allclose(found[-1], mean.float(), atol=0.02)        # only the mean is left
-    assert torch.equal(found[2:3], m.optimal_denoiser(xt[2:3], float(s[2]), float(sigma[2]), data)) or \
-        torch.allclose(found[2:3], m.optimal_denoiser(xt[2:3], float(s[2]), float(sigma[2]), data), atol=1e-5)
+    assert torch.allclose(found[2:3], m.optimal_denoiser(xt[2:3], float(s[2]), float(sigma[2]), data), atol=1e-5)
 
 
 def test_optimal_denoiser_is_optimal():
@@ -340,10 +340,19 @@ def test_similarity_by_definition():
 def test_similarity_map():
     data = common.to_float(common.load_images("fashion10k")[0][:30])
     nodes = torch.tensor([0.01, 0.3, 0.5, 0.8]).double()
+    g = torch.Generator().manual_seed(1)
+    x0, eps = data[torch.randint(0, 30, (6,), generator=g)], torch.randn(6, 1, 32, 32, generator=g)
     for what in ("eps", "x0"):
         s = m.similarity_map(data, 6, nodes, what, seed=1)
         assert torch.equal(s, s.T) and torch.equal(s.diagonal(), torch.ones(4).double())
         assert 0 <= s.min() and s[0, 1] > s[0, 3]
+        both = []                                                    # the entry (1, 2) by its definition
+        for sigma in m.sigma_of(nodes[1:3]).tolist():
+            xt = (x0 + sigma * eps).double()
+            hat = naive_denoiser(xt, torch.ones(6), torch.full((6,), sigma).double(), data)
+            both.append(hat if what == "eps" else xt - sigma * hat)
+        near = ((both[0] - both[1]).abs() <= 2 / 256).double().mean()
+        assert 0.05 < near < 0.95 and abs(float(s[1, 2] - near)) < 0.01
 
 
 def test_partition_is_the_best():
@@ -384,12 +393,15 @@ def test_clusterings_without_data():
             assert len(sizes) == n and min(sizes) >= 0.5 / n - 0.002 and max(sizes) <= 1.5 / n + 0.002
 
 
-def test_algorithm2_orders_its_stages():
+def test_algorithm2_by_brute_force():
+    """Of all ways to cut the 21 levels of the reported map, the edges are midway between the levels of the best."""
     data = common.to_float(common.load_images("fashion10k")[0][:50])
-    for n in (2, 3, 4, 5):
+    for n in (2, 3, 4):
         edges, plan = m.cluster_timesteps("optimal2", n, data, samples=200)
-        assert len(edges) == n - 1 and len(plan["readings"]) == 4
-        assert all(round((e - 0.026) / 0.05, 6) % 1 in (0, 1) or e == 0.9755 for e in edges)   # midway of levels
+        away, t = 1 - torch.tensor(plan["map"]).double(), plan["nodes"]
+        best = min(itertools.combinations(range(1, 21), n - 1), key=lambda cuts: sum(
+            float(away[a:b, a:b].sum()) for a, b in itertools.pairwise([0, *cuts, 21])))
+        assert edges == pytest.approx([(t[c - 1] + t[c]) / 2 for c in best], abs=1e-4) and len(plan["readings"]) == 4
 
 
 def test_one_image():
@@ -477,13 +489,23 @@ def test_dpm_solver_pp_is_of_second_order_and_c2f_trds():
 
 def test_heun_is_of_second_order():
     def run(n, std=0.5):
-        x = torch.full((1, 1, 1, 1), math.hypot(std, 80), dtype=torch.float64)
+        x = torch.full((1, 1, 1, 1), math.hypot(std, 80) / 80, dtype=torch.float64)
         sigmas = m.edm_sigmas(n)[:-1]
         out = m.heun_sample(lambda x, s: x * std ** 2 / (std ** 2 + s ** 2), x, sigmas)
         return abs(float(out) - math.hypot(std, 0.002))
     assert math.log2(run(40) / run(80)) == pytest.approx(2, abs=0.2)
     sigmas = m.edm_sigmas(18)
     assert len(sigmas) == 19 and sigmas[0] == pytest.approx(80) and sigmas[-2:] == pytest.approx([0.002, 0])
+
+
+def test_heun_is_lowdiffs():
+    """Two scripts, one off switch: EDM."""
+    noise, sigmas = randn(3, 1, 8, 8), m.edm_sigmas(18)
+
+    def denoiser(x, sigma):
+        return (x / math.hypot(1, sigma)).tanh()
+
+    assert torch.equal(m.heun_sample(denoiser, noise, sigmas), lowdiff.heun_sample(denoiser, noise, sigmas))
 
 
 def plain_dpm3(eps_model, x, nfe, t_end):
@@ -529,7 +551,7 @@ def test_exact_denoiser_returns_to_the_data():
         return m.optimal_denoiser(xt, m.scale_of(sigma), sigma, data)
 
     ends = [m.dpm_solver_sample(eps_model, z, 60),
-            m.heun_sample(lambda x, s: x - s * m.optimal_denoiser(x, 1, s, data), z * 80, m.edm_sigmas(30))]
+            m.heun_sample(lambda x, s: x - s * m.optimal_denoiser(x, 1, s, data), z, m.edm_sigmas(30))]
     for x in ends:
         assert float((x[:, None] - data).square().mean((2, 3, 4)).min(1).values.max()) < 1e-3
 
@@ -713,7 +735,7 @@ def test_cluster_then_train(tmp_path, few_images):
 
 @pytest.mark.parametrize("argv, name", [
     ("--arch unified", "unified"), ("--arch separate --early-stopping", "separate+ES+TP"),
-    ("--widths 8 8 8 --diffusion edm --stage-probability 0.3 0.3 0.4", "multistage")])
+    ("--widths 8 8 8 --diffusion edm --stage-probability 0.3 0.3 0.4", "multistage, shares 0.30 0.30 0.40")])
 def test_arms(tmp_path, few_images, argv, name):
     """Equal budgets in MACs; each arm trains, samples and is named as in Table 3."""
     options = ["--preset", "tiny", "--precision", "fp32", "--batch", 8, "--out", tmp_path]
@@ -734,7 +756,7 @@ def test_arms(tmp_path, few_images, argv, name):
         # Each network is the one whose held-out loss is noted, by the definition of the loss.
         net = m.build_net(saved["args"], 1)
         net.load_state_dict(saved["best"])
-        x = common.to_float(common.load_images("fashion10k")[0][450:])
+        x = common.to_float(common.load_images("fashion10k")[0][9::10])
         u, z = (torch.arange(50) + 0.5) / 50, common.noise_for(range(50), (1, 32, 32))
         with torch.no_grad():
             for s in range(3):
@@ -833,6 +855,8 @@ def test_two_processes(trained, tmp_path):
     ("--data nonexist", ["nonexist", "fashion10k"]), ("--batch 0", ["--batch"]), ("--budget -1", ["--budget"]),
     ("--stage-probability 0.5 0.5", ["--stage-probability", "3 shares"]), ("--t-end 2", ["--t-end"]),
     ("--plan /nope/plan.json --clustering snr", None), ("--resume", ["--resume"]),
+    ("--stages 4", ["--stages", "--edges"]), ("--stages 400", ["--stages"]), ("--lr nan", ["--lr"]),
+    ("--decay 2", ["--decay"]), ("--budget 1e9", ["--iters", "--budget"]),
     ("--fd-every 7", ["--fd-every"]), ("--fd-every 20 --fd-n 100", ["--fd-n 100", "128 features"])])
 def test_bad_training(tmp_path, argv, words):
     options = [w for w in TINY if not ("--plan" in argv and w in ("--edges", "0.4", "0.6"))]

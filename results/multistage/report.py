@@ -7,8 +7,8 @@ from tables import groups, pm
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER.parent.parent / "weights" / "multistage"
-ORDER = ("unified", "separate", "separate+ES", "separate+TP", "separate+ES+TP", "multistage",       # Table 3's
-         "multistage, mixed batches")
+ORDER = ("unified", "separate", "separate+ES", "separate+TP", "separate+ES+TP", "multistage")       # Table 3's
+SOLVERS = dict(dpm3="DPM-Solver-3", heun="EDM, Heun", dpm2m="DPM-Solver++ 2M")
 
 
 def load():
@@ -23,27 +23,26 @@ def load():
 
 
 def same(r):
-    return [r[k] for k in ("method", "clustering", "edges", "widths", "solver", "nfe")]
+    return [r[k] for k in ("experiment", "method", "clustering", "edges", "widths", "solver", "nfe")]
 
 
 def edges_of(r):
     return ", ".join(f"{edge:.3f}" for edge in r["edges"]) or "-"
 
 
-def table_arms(rows, *experiments):
-    """Arms of equal training MACs, Table 3's order."""
-    out = ["| method | edges | decoders, widths | parameters | evaluations in each stage, from the data's | "
-           "MMAC / evaluation | MMAC / image | FD ↓ | IS ↑ | training images |", "| " + "--- | " * 10]
-    found = sorted(groups(rows, same, *experiments), key=lambda g: ORDER.index(g[0]["method"]))
+def table_arms(found):
+    """Arms, each a list of lines that differ in the seed, in Table 3's order."""
+    out = ["| method | solver | edges | decoders, widths | parameters | evaluations in each stage, from the data's | "
+           "MMAC / evaluation | MMAC / image | FD ↓ | IS ↑ | training images |", "| " + "--- | " * 11]
     best = min((mean(r["fd"] for r in g) for g in found), default=None)
-    for g in found:
+    for g in sorted(found, key=lambda g: (ORDER.index(g[0]["method"].split(",")[0]), len(g[0]["edges"]))):
         r, fd = g[0], pm([r["fd"] for r in g])
         fd = f"**{fd}**" if mean(r["fd"] for r in g) == best else fd
-        cluster = f" ({r['clustering']})" if r["clustering"] not in (None, "optimal") and r["edges"] else ""
-        out.append(f"| {r['method']} | {edges_of(r)}{cluster} | {', '.join(map(str, r['widths']))} | "
-                   f"{r['parameters']:,} | {' + '.join(map(str, r['nfe']))} | {r['macs_per_evaluation'] / 1e6:.1f} | "
-                   f"{r['macs_per_image'] / 1e6:.0f} | {fd} | {pm([r['inception_score'] for r in g])} | "
-                   f"{r['images_seen']:,} |")
+        cluster = f" ({r['clustering']})" if r["edges"] else ""
+        out.append(f"| {r['method']} | {SOLVERS[r['solver']]} | {edges_of(r)}{cluster} | "
+                   f"{', '.join(map(str, r['widths']))} | {r['parameters']:,} | {' + '.join(map(str, r['nfe']))} | "
+                   f"{r['macs_per_evaluation'] / 1e6:.1f} | {r['macs_per_image'] / 1e6:.0f} | {fd} | "
+                   f"{pm([r['inception_score'] for r in g])} | {r['images_seen']:,} |")
     return out
 
 
@@ -97,11 +96,19 @@ def table_compute():
 
 
 def tables():
+    """fig1d: arms of 30e12 training MACs; the others: 10e12."""
     rows = load()
-    return dict(multistage=table_arms(rows, "table3"), multistage_table4=table_arms(rows, "table3", "table4"),
-                multistage_table7=table_arms(rows, "table3", "table7"), multistage_table1=table_arms(rows, "table1"),
-                multistage_latent=table_arms(rows, "table1 ldm"), multistage_clusterings=table_clusterings(rows),
-                multistage_compute=table_compute())
+
+    def arms(*experiments):
+        return groups(rows, same, *experiments)
+
+    main = [g for g in arms("table3") if g[0]["method"] in ("unified", "multistage")]
+    return dict(
+        multistage=table_arms(arms("fig1d")), multistage_table3=table_arms(arms("table3")),
+        multistage_variants=table_arms(main + arms("variants")),
+        multistage_table4=table_arms(main[1:] + arms("table4")), multistage_table7=table_arms(main + arms("table7")),
+        multistage_table1=table_arms(main + arms("table1")), multistage_latent=table_arms(arms("table1 ldm")),
+        multistage_clusterings=table_clusterings(rows), multistage_compute=table_compute())
 
 
 def figures(plt):

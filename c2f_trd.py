@@ -1075,6 +1075,8 @@ def get_args(argv=None):
         raise ValueError(f"--finetune-iters {args.finetune_iters} is negative")
     if args.transition is not None and not 0 <= args.transition < T:
         raise ValueError(f"--transition {args.transition} is not in 0 .. {T - 1}")
+    if args.resume and not args.train:
+        raise ValueError("--resume goes with --train")
     if not any((args.train, args.search, args.sample, args.evaluate, args.ledger)):
         p.error("nothing to do: give --train, --search, --sample, --evaluate or --ledger")
     return args

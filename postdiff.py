@@ -1639,6 +1639,9 @@ def get_args(argv=None):
         raise ValueError("--m must be in 0 .. 1: a share of the steps")
     if not all(0 < beta <= 1 for beta in args.beta or []):
         raise ValueError("--beta must be above 0 and at most 1")
+    for option in ("resume", "distill"):
+        if getattr(args, option) and not args.train:
+            raise ValueError(f"--{option} goes with --train")
     if not any((args.train, args.search, args.sample, args.evaluate, args.profile, args.ledger, args.pipeline)):
         p.error("nothing to do: give --train, --search, --sample, --evaluate, --profile, --ledger or --pipeline")
     return args

@@ -540,6 +540,7 @@ def test_no_plan(trained, tmp_path, content):
     ("--evaluate --method base --data nonexist", ["nonexist"]),
     ("--evaluate --method base --inception /nope/inception.pth", ["/nope/inception.pth"]),
     ("--sample --method base --steps 2000", ["2000"]),
+    ("--sample --method base --resume", ["--resume goes with --train"]),
     ("--sample --method base --steps 0", ["0"]),
     ("--sample --method base --steps -3", ["-3"]),
     ("--sample --method c2f --transition 500 --steps 502", ["502", "500"]),

@@ -884,7 +884,7 @@ def test_bad_plans(tmp_path, content):
 @pytest.mark.parametrize("argv, words", [
     ("--evaluate --n 100", ["--n 100", "128"]), ("--sample --steps 0", ["0"]),
     ("--sample --solver heun", ["heun", "vp"]), ("--sample --n 0", ["--n"]),
-    ("--evaluate --data nonexist", ["nonexist"])])
+    ("--evaluate --data nonexist", ["nonexist"]), ("--sample --resume", ["--resume goes with --train"])])
 def test_bad_sampling(trained, tmp_path, argv, words):
     one_line(start(*argv.split(), "--checkpoint", trained.checkpoint, "--out", tmp_path, "--results",
                    tmp_path / "r.jsonl"), *words)

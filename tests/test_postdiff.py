@@ -1168,7 +1168,8 @@ def test_bad_checkpoints(trained, tmp_path):
     ("--sample --steps 0", ["0"]), ("--sample --steps 2000", ["2000"]), ("--sample --n 0", ["--n"]),
     ("--sample --plan /nope.json", ["/nope.json"]), ("--evaluate --n 128", ["--n 128", "128"]),
     ("--evaluate --data nonexist", ["nonexist"]), ("--evaluate --data fashion10k", ["fashion10k"]),
-    ("--search --calibration 4 --budget 0.01", ["budget"]), ("--search --calibration 0", ["--calibration"])])
+    ("--search --calibration 4 --budget 0.01", ["budget"]), ("--search --calibration 0", ["--calibration"]),
+    ("--sample --distill", ["--distill goes with --train"])])
 def test_bad_sampling(trained, tmp_path, argv, words):
     argv = argv if isinstance(argv, list) else argv.split()
     one_line(start(*argv, "--checkpoint", trained.checkpoint, "--out", tmp_path, "--results", tmp_path / "r.jsonl",

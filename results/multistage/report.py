@@ -6,7 +6,6 @@ from statistics import mean
 from tables import groups, pm
 
 FOLDER = Path(__file__).resolve().parent
-WEIGHTS = FOLDER.parent.parent / "weights" / "multistage"
 ORDER = ("unified", "separate", "separate+ES", "separate+TP", "separate+ES+TP", "multistage")       # Table 3's
 SOLVERS = dict(dpm3="DPM-Solver-3", heun="EDM, Heun", dpm2m="DPM-Solver++ 2M")
 
@@ -16,14 +15,13 @@ def load():
     rows = {}
     for line in (FOLDER / "results.jsonl").read_text().splitlines():
         r = json.loads(line)
-        key = [r.get(k) for k in ("experiment", "method", "clustering", "edges", "widths", "solver", "nfe", "seed", "n",
-                                  "images_seen", "data")]
-        rows[json.dumps([*key, r["plan"]])] = r
+        rows[json.dumps([r["experiment"], r["method"], r.get("training"), r["plan"], r["seed"], r["n"],
+                         r["images_seen"]])] = r
     return list(rows.values())
 
 
 def same(r):
-    return [r[k] for k in ("experiment", "method", "clustering", "edges", "widths", "solver", "nfe")]
+    return [r[k] for k in ("experiment", "training", "plan", "n", "images_seen")]
 
 
 def edges_of(r):
@@ -32,18 +30,28 @@ def edges_of(r):
 
 def table_arms(found):
     """Arms, each a list of lines that differ in the seed, in Table 3's order."""
-    out = ["| method | solver | edges | decoders, widths | parameters | evaluations in each stage, from the data's | "
-           "MMAC / evaluation | MMAC / image | FD ↓ | IS ↑ | training images |", "| " + "--- | " * 11]
-    best = min((mean(r["fd"] for r in g) for g in found), default=None)
+    if not found:
+        return []
+    r = found[0][0]
+    out = [f"| method | solver | edges | decoders, widths | parameters | evaluations in each stage, from the data's | "
+           f"MMAC / evaluation | FD[{r['extractor']}]@{r['n']} ↓ | class score ↑ | training images |",
+           "| " + "--- | " * 10]
+    best = min(mean(r["fd"] for r in g) for g in found)
     for g in sorted(found, key=lambda g: (ORDER.index(g[0]["method"].split(",")[0]), len(g[0]["edges"]))):
         r, fd = g[0], pm([r["fd"] for r in g])
         fd = f"**{fd}**" if mean(r["fd"] for r in g) == best else fd
         cluster = f" ({r['clustering']})" if r["edges"] else ""
         out.append(f"| {r['method']} | {SOLVERS[r['solver']]} | {edges_of(r)}{cluster} | "
                    f"{', '.join(map(str, r['widths']))} | {r['parameters']:,} | {' + '.join(map(str, r['nfe']))} | "
-                   f"{r['macs_per_evaluation'] / 1e6:.1f} | {r['macs_per_image'] / 1e6:.0f} | {fd} | "
-                   f"{pm([r['inception_score'] for r in g])} | {r['images_seen']:,} |")
+                   f"{r['macs_per_evaluation'] / 1e6:.1f} | {fd} | {pm([r['inception_score'] for r in g])} | "
+                   f"{r['images_seen']:,} |")
     return out
+
+
+def table_latent(found):
+    """Arms in latents, and what none of them can be better than."""
+    return table_arms(found) + [f"| images through the autoencoder | {'| ' * 6} {g[0]['decoded_fd']:.2f} | | |"
+                                for g in found[:1]]
 
 
 def table_clusterings(rows):
@@ -59,13 +67,10 @@ def table_clusterings(rows):
 
 
 def curves():
-    """{arm: [(training MACs, FD), ...]} of the logs: Fig. 1(d)."""
+    """{arm: [(training MACs, FD), ...]} of what was measured while training: Fig. 1(d)."""
     found = {}
-    for path in sorted(WEIGHTS.glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        points = [(line["training_macs"], line["fd"]) for line in lines if line.get("fd") is not None]
-        if points:
-            found["multistage" if path.stem == "weights" else path.stem] = points
+    for r in sorted((r for r in load() if r["experiment"] == "curve"), key=lambda r: r["training_macs"]):
+        found.setdefault(r["method"], []).append((r["training_macs"], r["fd"]))
     return found
 
 
@@ -95,6 +100,15 @@ def table_compute():
     return out
 
 
+def table_losses():
+    """stage_losses.json."""
+    path = FOLDER / "stage_losses.json"
+    out = ["| method | widths | training MACs | error next to the data | in the middle | next to the noise |",
+           "| " + "--- | " * 6]
+    return out + [f"| {r['method']} | {', '.join(map(str, r['widths']))} | {r['training_macs'] / 1e12:.0f}e12 | "
+                  + " | ".join(f"{v:.4f}" for v in r["losses"]) + " |" for r in json.loads(path.read_text())]
+
+
 def tables():
     """fig1d: arms of 30e12 training MACs; the others: 10e12."""
     rows = load()
@@ -102,13 +116,19 @@ def tables():
     def arms(*experiments):
         return groups(rows, same, *experiments)
 
-    main = [g for g in arms("table3") if g[0]["method"] in ("unified", "multistage")]
+    def of(method):
+        return [g for g in arms("table3", "variants") if g[0]["method"] == method and g[0]["widths"] in (
+            [24], [36, 24, 8])]
+
+    unified, mixed = of("unified"), of("multistage, mixed batches")
     return dict(
         multistage=table_arms(arms("fig1d")), multistage_table3=table_arms(arms("table3")),
-        multistage_variants=table_arms(main + arms("variants")),
-        multistage_table4=table_arms(main[1:] + arms("table4")), multistage_table7=table_arms(main + arms("table7")),
-        multistage_table1=table_arms(main + arms("table1")), multistage_latent=table_arms(arms("table1 ldm")),
-        multistage_clusterings=table_clusterings(rows), multistage_compute=table_compute())
+        multistage_variants=table_arms(unified + of("multistage") + arms("variants")),
+        multistage_table4=table_arms(mixed + arms("table4")),
+        multistage_table7=table_arms(unified + mixed + arms("table7")),
+        multistage_table1=table_arms(unified + mixed + arms("table1")),
+        multistage_latent=table_latent(arms("table1 ldm")), multistage_clusterings=table_clusterings(rows),
+        multistage_compute=table_compute(), multistage_losses=table_losses())
 
 
 def figures(plt):
@@ -118,7 +138,9 @@ def figures(plt):
     fig, ax = plt.subplots(figsize=(6.5, 4))
     for name, points in curves().items():
         ax.plot([macs / 1e12 for macs, _ in points], [fd for _, fd in points], "o-", label=name)
-    ax.set(xlabel="training MACs, backward included, 1e12", ylabel="FD[small-fashion]@1000", yscale="log")
+    ax.axhline(curves()["unified"][-1][1], color="0.7", lw=1, zorder=0)
+    r = next(r for r in load() if r["experiment"] == "curve")
+    ax.set(xlabel="training MACs, backward included, 1e12", ylabel=f"FD[{r['extractor']}]@{r['n']}", yscale="log")
     ax.set_yticks([2, 3, 4, 5, 6, 8, 10], [2, 3, 4, 5, 6, 8, 10])
     ax.minorticks_off()
     ax.legend()

@@ -35,7 +35,8 @@ for part in "$@"; do case $part in
     long weights --mixed-batches
     long unified --arch unified
     long by-stage
-    long separate --arch separate --widths 24 24 24 --mixed-batches ;;
+    python multistage.py --train --budget 20e12 --save-every 300 --fd-every 300 --fd-n 1000 \
+      --arch separate --widths 24 24 24 --mixed-batches --out runs/multistage/separate ;;
   table3)
     arm unified-10 table3 --arch unified
     arm separate-10 table3 --arch separate --widths 24 24 24

@@ -754,8 +754,6 @@ def optimal_edges_of_three(data, samples):
 def optimal_edges(data, samples, n):
     """METHOD: Algorithm 2 on data (N, C, R, R), float: ([t1 .. t_(n-1)], report)."""
     nodes = torch.cat([T_FIRST + 0.05 * torch.arange(20), torch.ones(1)]).double()
-    if n > len(nodes):
-        raise ValueError(f"{n} stages do not fit on {len(nodes)} noise levels")
     samples = max(1, samples // 20)
     maps = {what: similarity_map(data, samples, nodes, what) for what in ("eps", "x0")}
     middle = (nodes[1:] + nodes[:-1]) / 2

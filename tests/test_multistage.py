@@ -822,12 +822,13 @@ def test_bad_latent_training(tmp_path, argv, words):
 
 
 def test_fd_while_training(tmp_path, few_images):
-    result = start("--train", *TINY, "--iters", 4, "--save-every", 2, "--fd-every", 4, "--fd-n", 130, "--out", tmp_path,
+    """At every multiple of --fd-every and at the last step."""
+    result = start("--train", *TINY, "--iters", 6, "--save-every", 2, "--fd-every", 4, "--fd-n", 130, "--out", tmp_path,
                    "--results", tmp_path / "r.jsonl")
     assert result.code == 0, result.err
-    line, = lines_of(tmp_path / "r.jsonl")
-    log = lines_of(only(tmp_path, "*/log.jsonl"))
-    assert line["experiment"] == "curve" and line["step"] == 4 and log[-1]["fd"] == line["fd"] and "fd" not in log[0]
+    rows, log = lines_of(tmp_path / "r.jsonl"), lines_of(only(tmp_path, "*/log.jsonl"))
+    assert [(r["experiment"], r["step"]) for r in rows] == [("curve", 4), ("curve", 6)]
+    assert [line.get("fd") for line in log] == [None, rows[0]["fd"], rows[1]["fd"]]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")

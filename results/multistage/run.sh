@@ -8,7 +8,7 @@
 #   tables      cells of the paper
 # An arm of 10e12 MACs takes 10 minutes of one busy CPU core (140 images/s) and 6 for three seeds of FD. BUDGET= sets other
 # training MACs. weights/multistage holds weights.pt and log.jsonl of the arms of `weights` under their names
-# (weights: multistage). `python results/multistage/rows.py` draws them, stage_losses.py says where their errors are.
+# (weights: multistage, mixed batches; separate: its log only). `python results/multistage/rows.py` draws them, stage_losses.py says where their errors are.
 set -e
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
@@ -47,7 +47,8 @@ for part in "$@"; do case $part in
   variants)
     arm mixed variants --mixed-batches
     arm mixed-length variants --mixed-batches --stage-probability 0.517 0.189 0.294
-    arm equal-widths variants --mixed-batches --widths 24 24 24 ;;
+    arm equal-widths variants --mixed-batches --widths 24 24 24
+    python multistage.py --evaluate --n 1000 --experiment "sharing the encoder" --out runs/multistage/equal-widths ;;
   table4)
     python multistage.py --cluster --experiment clustering --clustering gradient \
       --checkpoint weights/multistage/unified.pt --out runs/multistage/plans

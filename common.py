@@ -1,5 +1,5 @@
-"""What the four scripts share, as plain functions: data, noise schedule, MAC counting, features and
-metrics, per-image seeds, progress, image grids. No network of a method, no sampler, no training loop.
+"""What the four scripts share, as plain functions: data, noise schedule, MAC counting, features and Frechet
+distance, per-image seeds, progress, files, the command line. No network of a method, no sampler, no training loop.
 
 Copy this file together with the script that you need; the two alone run in an empty folder
 (with `--data FOLDER`, or the files of data/ beside them).
@@ -8,16 +8,17 @@ Conventions: images are uint8 (N, C, R, R) on disk and float in [-1, 1] in netwo
 is an index y into a list of captions. Errors that a user can cause are ValueError or OSError with one line
 that says what to do; the scripts print that line and exit with status 1.
 """
+import argparse
 import contextlib
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import sys
 import tarfile
 import time
-from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,10 +27,70 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
+try:
+    import fcntl
+except ImportError:                                            # Windows
+    fcntl = None
+
 HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+ACTIONS = dict(train="train a network into --out", search="the paper's search: writes a plan into --out",
+               sample="images into --out/samples.png", resume="with --train: go on with the run in --out")
+CHANGEABLE = ("data", "lr", "iters", "save_every")             # beside --resume; all else of a network and its training
+                                                               # is the run's own
+
+
+def parse_config(script, groups, doc, argv=None):
+    """The command line as a dict {option: value}, with `given`, the set of options that it names.
+
+    groups: a script's CONFIG, {group: {option: (default, allowed, help)}}; the default decides the type; allowed: a
+    tuple of words, or the lowest and the highest number. Group "network" and "training" go with --train only,
+    "method" with --search and --sample. Raises ValueError with one line."""
+    parser = argparse.ArgumentParser(script, description=" ".join(doc.split("\n\n")[0].split()), allow_abbrev=False,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 118))
+
+    def fail(message):
+        raise ValueError(f"{message} (python {script}.py --help)")
+
+    parser.error = fail
+    for name, text in ACTIONS.items():
+        parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
+    options = {key: (*option, group) for group, keys in groups.items() for key, option in keys.items()}
+    for key, (default, _, text, group) in options.items():
+        many = isinstance(default, list)
+        shown = " ".join(map(str, default)) if many else default
+        parser.add_argument(f"--{key.replace('_', '-')}", type=type(default[0] if many else default), metavar="X",
+                            nargs="+" if many else None, default=argparse.SUPPRESS,
+                            help=f"{group}: {text}" + (f" [{shown}]" if shown != "" else ""))
+    given = vars(parser.parse_args(argv))
+    config = {**dict.fromkeys(ACTIONS, False), **{key: option[0] for key, option in options.items()}, **given}
+    for key in given.keys() & options.keys():
+        _, allowed, _, group = options[key]
+        option, values = f"--{key.replace('_', '-')}", given[key] if isinstance(given[key], list) else [given[key]]
+        if allowed and isinstance(allowed[0], str) and not set(values) <= set(allowed):
+            fail(f"{option} {given[key]}: choose from {', '.join(allowed)}")
+        if allowed and not isinstance(allowed[0], str) and not all(allowed[0] <= v <= allowed[1] for v in values):
+            fail(f"{option} {' '.join(map(str, values))}: must be in {allowed[0]:g} .. {allowed[1]:g}")
+        if group in ("network", "training") and not config["train"]:
+            fail(f"{option} goes with --train: a checkpoint brings its own")
+        if group == "method" and not (config["search"] or config["sample"]):
+            fail(f"{option} goes with --search or --sample")
+        if config["resume"] and group in ("network", "training") and key not in CHANGEABLE:
+            fail(f"{option} cannot change in a run: leave it out beside --resume, or train anew")
+    if not (config["train"] or config["search"] or config["sample"]):
+        fail("nothing to do: give --train, --search or --sample")
+    if config["resume"] and not config["train"]:
+        fail("--resume goes with --train")
+    if config["train"] and "checkpoint" in given:
+        fail("--checkpoint is what is searched and sampled: to train on from it give --init, to go on --resume")
+    return {**config, "given": set(given)}
+
 
 # ---------------------------------------------------------------------------------------------
 # Data
@@ -84,11 +145,12 @@ def load_idx(path):
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
 
 
-def load_images(name, res=32, root=HERE / "data"):
+def load_images(name, res=32, root=HERE / "data", channels=None):
     """A data set by name, or a folder of images.
 
     name: fashion10k | fashion | cifar10 | emoji | a folder (sub-folders are its classes).
-    res: side R to which a folder's images are centre-cropped and resized; the others have their own.
+    res: side R to which a folder's images are centre-cropped and resized; the others have their own. channels: 1 or
+    3 of a folder's images; None: 1 if all of them are grey.
     Returns x uint8 (N, C, R, R), y int64 (N,), captions (list of str): image i shows captions[y[i]].
     Raises OSError if a file is missing or damaged, ValueError if the name or folder is of no use.
     """
@@ -113,41 +175,87 @@ def load_images(name, res=32, root=HERE / "data"):
         captions = sorted(set(lines))
         x, y = x[:len(lines)], np.array([captions.index(s) for s in lines])
     elif Path(name).is_dir():
-        x, y, captions = load_folder(Path(name), res)
+        x, y, captions = load_folder(Path(name), res, channels)
     else:
         raise ValueError(f"no data set or folder '{name}': use fashion10k, fashion, cifar10, emoji "
                          "or the path of a folder of images")
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)), captions
 
 
-def load_folder(folder, res):
-    """Images under `folder`, centre-cropped to a square and resized to res x res, RGB; damaged files
-    are named and left out. Returns x, y, captions as arrays; captions are the sub-folders' names."""
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
-    x, names, damaged = [], [], []
-    for p in paths:
+IMAGE_KINDS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def image_paths(folder, above=()):
+    """The images under `folder` in order: links are followed (not in circles), hidden names left out."""
+    here = folder.resolve()
+    for p in sorted(folder.iterdir()) if here not in above else ():
+        if p.name.startswith("."):
+            continue
+        if p.is_dir():
+            yield from image_paths(p, (*above, here))
+        elif p.suffix.lower() in IMAGE_KINDS:
+            yield p
+
+
+def open_image(path):
+    """An image as a viewer shows it, in RGB: turned as its EXIF data says, on white where transparent, and
+    if deeper than 8 bits scaled from a range that the second value names (else "")."""
+    with Image.open(path) as image:
+        tags, scaled = getattr(image, "tag_v2", {}), ""             # TIFF: 258 is bits, 339 == 1 unsigned
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                                       # convert would clip these
+        v = np.asarray(image)
+        v = (v.view(np.uint32) if image.mode == "I" and tags.get(339) == (1,) else v).astype(np.float64)
+        low, high, end = v.min(), v.max(), 2 ** tags.get(258, (16,))[0] - 1
+        if not np.isfinite(low + high):
+            raise ValueError("has NaN or infinite values")
+        ends = (end,) if ";" in image.mode else (1, 255)            # the type's range, or else the image's own
+        end = next((e for e in ends if low >= 0 and high <= e), None)
+        scaled = f"{image.mode} from {'its smallest .. largest value' if end is None else f'0 .. {end}'}"
+        low, high = (low, high) if end is None else (0, end)
+        if low == high:
+            raise ValueError(f"has only the value {low:g}, on no known scale")
+        v[v == image.info.get("transparency")] = high
+        image = Image.fromarray(((v - low) * (255 / (high - low))).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB"), scaled
+
+
+def load_folder(folder, res, channels=None):
+    """Images under `folder`, centre-cropped to a square and resized; damaged ones are named and left out.
+    channels: 1, 3 or None: 1 if all images are grey. Returns x, y, captions (names of the sub-folders)."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name one that holds images")
+    paths = list(image_paths(folder))
+    x, names, scaled, bad = np.empty((len(paths), channels or 3, res, res), np.uint8), [], [], []
+    for p in progress(paths, f"load {folder}"):
+        name = p.relative_to(folder)
         try:
-            image = Image.open(p)
-            if image.mode.startswith("I;16"):                    # 16-bit grey, which convert would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):   # Pillow's for bad files
-            damaged.append(p.name)
+            image, note = open_image(p)
+        except Exception as error:                                  # Pillow's are of all kinds
+            bad.append(f"{name} ({' '.join(str(error).partition(chr(39))[0].split())})")
             continue
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        x.append(np.asarray(image.resize((res, res), Image.LANCZOS, box)).transpose(2, 0, 1))
-        parent = p.relative_to(folder).parent
-        names.append(parent.parts[0] if parent.parts else "")
-    if damaged:
-        print(f"warning: {len(damaged)} damaged images left out: {', '.join(damaged[:5])}",
-              file=sys.stderr)
-    if not x:
-        raise ValueError(f"no readable images in {folder} ({', '.join(sorted(kinds))})")
-    captions = sorted(set(names))
-    return np.stack(x), np.array([captions.index(s) for s in names]), captions
+        image = image.resize((res, res), Image.LANCZOS, (left, top, left + side, top + side))
+        x[len(names)] = np.atleast_3d(image.convert("L") if channels == 1 else image).transpose(2, 0, 1)
+        names.append(name.parts[0] if len(name.parts) > 1 else "")
+        scaled += [note] if note else []
+    if scaled:
+        notes = (f"{scaled.count(s)} of mode {s}" for s in sorted(set(scaled)))
+        print(f"images scaled to 0 .. 255: {', '.join(notes)}", file=sys.stderr)
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        print(f"warning: {len(bad)} images that cannot be read left out: {', '.join(bad[:5])}{more}", file=sys.stderr)
+    if not names:
+        raise ValueError(f"no readable images in {folder} (read are {', '.join(IMAGE_KINDS)})")
+    x, captions = x[:len(names)], sorted(set(names))
+    if channels is None and all((image == image[:1]).all() for image in x):
+        x = x[:, :1]
+    return x, np.array([captions.index(s) for s in names]), captions
 
 
 def to_float(x):
@@ -170,10 +278,16 @@ def linear_alpha_bar(T=1000, beta_first=1e-4, beta_last=0.02):
     return torch.cat([(1 - beta).cumprod(0), torch.ones(1, dtype=torch.float64)])
 
 
+def scale_and_sigma(t, alpha_bar, like):
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (B, 1, 1, 1), as `like` in device and type; t int64 (B,)."""
+    return [v.to(like.dtype).to(t.device)[t].view(-1, 1, 1, 1).to(like.device)     # float64 stays on the CPU
+            for v in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())]
+
+
 def add_noise(x0, eps, t, alpha_bar):
-    """q(xt | x0) sampled with eps: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps; t int64 (B,)."""
-    a = alpha_bar.to(x0.device)[t].view(-1, 1, 1, 1)
-    return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * eps
+    """q(xt | x0) sampled with eps: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps; t int64 (B,), on any device."""
+    scale, sigma = scale_and_sigma(t, alpha_bar, x0)
+    return scale * x0 + sigma * eps
 
 
 def noise_for(seeds, *shapes):
@@ -192,18 +306,34 @@ def noise_for(seeds, *shapes):
 # Devices, processes, progress, files
 # ---------------------------------------------------------------------------------------------
 def start_device(name="auto"):
-    """Returns (device, rank, world). Under torchrun, joins the process group (NCCL on CUDA, gloo on
-    CPU). name: auto (CUDA if there is one, else CPU), cpu or cuda."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
+    """Returns (device, rank, world). Under torchrun, joins the process group (NCCL on CUDA, gloo on CPU); all
+    processes but the first are silent. name: auto (CUDA if there is one, else CPU), cpu, cuda or mps."""
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+    if not there[name]:
+        raise ValueError(f"--device {name}, but torch sees no such device: use --device cpu")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     return torch.device(name), rank, world
+
+
+def run_main(main, script):
+    """main(), with what a user can cause said in one line; exit status 1, or 0."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:                # the other processes meet the same error
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1) if dist.is_initialized() else sys.exit(1)          # no farewell to processes that are gone
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: interrupted; a training run goes on with --train --resume")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def gather(part, world):
@@ -221,6 +351,30 @@ def has_fast_bf16(device):
         return torch.cuda.get_device_capability(device)[0] >= 8
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def autocast(device, precision):
+    """Context of bfloat16 arithmetic, if precision is "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def copy_of(script):
+    """A copy of a script's module, whose functions a file of variants/ may replace without touching the script's."""
+    spec = importlib.util.spec_from_file_location(f"copy of {script}", HERE / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class LossModule(nn.Module):
+    """training_loss(net, config, *batch) as a module: DistributedDataParallel wants one forward call a step."""
+
+    def __init__(self, net, config, training_loss):
+        super().__init__()
+        self.net, self.config, self.training_loss = net, config, training_loss
+
+    def forward(self, *batch):
+        return self.training_loss(self.net, self.config, *batch)
 
 
 def progress(items, title, unit=1, every=15.0, note=lambda: ""):
@@ -266,6 +420,110 @@ def save_json(path, value):
     write_atomically(path, lambda part: part.write_text(text))
 
 
+def load_plan(path, *keys):
+    """A plan, a dict with these keys, from JSON. Raises OSError or ValueError with one line."""
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert isinstance(plan, dict) and set(keys) <= set(plan)
+        return plan
+    except (ValueError, AssertionError):                       # not UTF-8, not JSON, not a plan
+        raise ValueError(f"{path} is damaged or no plan: delete it, and --search anew") from None
+
+
+@contextlib.contextmanager
+def locked(folder, rank=0):
+    """Holds FOLDER/lock while a run's first process writes there; the system frees it when that ends, however it does.
+    Raises ValueError if another process holds it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / "lock", "a+") as file:
+        if fcntl and rank == 0:                                # not on Windows
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise ValueError(f"process {file.read()} is writing to {folder}: choose another --out") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
+
+
+def load_checkpoint(path, script):
+    """A checkpoint or shipped weights of `script`, a dict on the CPU, floats as float32. Raises OSError or ValueError
+    with one line if it is missing, damaged, old or of another script."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise OSError(f"no checkpoint {path}: run --train first, or name one with --checkpoint") from None
+    except Exception as error:                                 # torch raises many kinds for a damaged file
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
+    if not isinstance(saved, dict) or saved.get("script") != script:
+        other = saved.get("script", "unknown") if isinstance(saved, dict) else "unknown"
+        raise ValueError(f"{path} is a checkpoint of '{other}', not of '{script}'")
+    if not {"config", "ema", "step"} <= set(saved):
+        raise ValueError(f"{path} is of an older {script}.py: train anew, or take that version of the file")
+    for key in ("net", "ema"):
+        saved[key] = {k: v.float() if v.is_floating_point() else v for k, v in saved.get(key, {}).items()}
+    if not all(v.isfinite().all() for v in saved["ema"].values()):
+        raise ValueError(f"{path} is damaged: it holds weights that are not finite")
+    return saved
+
+
+def load_weights(net, state, path):
+    """Loads a state dict into net; what it lacks stays as the network began (a new embedding). ValueError if it does
+    not fit."""
+    try:
+        unexpected = net.load_state_dict(state, strict=False).unexpected_keys
+    except RuntimeError:
+        unexpected = ["their sizes"]
+    if unexpected:
+        raise ValueError(f"{path}: weights that do not fit the network of its configuration ({unexpected[0]})")
+
+
+def begin_run(script, config, groups, device, world):
+    """What a training begins with: the configuration and the checkpoint's dict: of the run in --out (--resume), of
+    --init, or {}. An option beside --resume wins over the run's; those of the network come with --init."""
+    out, given = Path(config["out"]), config["given"]
+    there = (out / "checkpoint.pt").exists()
+    if config["resume"]:
+        saved = load_checkpoint(out / "checkpoint.pt", script)
+        config = {**config, **saved["config"], **{k: config[k] for k in given}}
+        if saved["step"] >= config["iters"]:
+            raise ValueError(f"--resume: {out} is finished, {saved['step']} steps: give more --iters to go on")
+    elif there:
+        raise ValueError(f"{out} holds a run already: go on with --resume, or choose another --out")
+    else:
+        saved = load_checkpoint(config["init"], script) if config["init"] else {}
+        first = saved.get("config", {})
+        config = {**config, **{k: first[k] for k in groups["network"] if k in first and k not in given}}
+    if config["batch"] % world:
+        raise ValueError(f"--batch {config['batch']} does not divide among {world} processes")
+    if config["precision"] == "auto":
+        config["precision"] = "bf16" if has_fast_bf16(device) else "fp32"
+    return config, saved
+
+
+def save_run(script, config, step, net, ema, optimizer, losses, begun, rank):
+    """Writes checkpoint.pt (all that --resume needs), weights.pt (averaged weights, half precision) and a line of
+    log.jsonl into --out: of the losses since `begun`. Raises ValueError if they or the weights are not finite."""
+    out, loss = Path(config["out"]), float(torch.stack(losses).mean())
+    rate = len(losses) * config["batch"] / (time.time() - begun)
+    if not math.isfinite(loss + float(sum(w.detach().sum() for w in net.parameters()))):
+        raise ValueError(f"the loss is not finite at step {step}: go on from the last checkpoint in {out} with --train "
+                         "--resume and a lower --lr")
+    if rank > 0:
+        return
+    keep = {k: v for k, v in config.items() if k != "given" and k not in ACTIONS}
+    state = dict(script=script, config=keep, step=step)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in ema.state_dict().items()}
+    write_atomically(out / "weights.pt", lambda part: torch.save(dict(state, ema=half), part))
+    state.update(ema=ema.state_dict(), net=net.state_dict(), optimizer=optimizer.state_dict())
+    write_atomically(out / "checkpoint.pt", lambda part: torch.save(state, part))
+    line = dict(step=step, images=step * config["batch"], loss=round(loss, 5), images_per_s=round(rate, 1))
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
 def save_grid(path, x, columns=8, scale=2):
     """PNG of the images x (N, C, H, W), float in [-1, 1] or uint8, row by row, `columns` a row."""
     x = x if x.dtype == torch.uint8 else to_uint8(x)
@@ -275,29 +533,6 @@ def save_grid(path, x, columns=8, scale=2):
     x = torch.cat([x, x.new_full((-n % columns, *x.shape[1:]), 255)])
     x = x.view(-1, columns, c, h + 2, w + 2).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     image = Image.fromarray(x.squeeze(-1).numpy())
-    write_atomically(path, lambda part: image.save(part, "PNG"))
-
-
-def save_curves(path, rows, names, marks=()):
-    """PNG of curves over t = 0 .. 1 with values 0 .. 1: rows of (t, a value for each name); marks: vertical lines."""
-    image = Image.new("RGB", (760, 440), "white")
-    draw, colours = ImageDraw.Draw(image), ("black", "crimson", "steelblue", "seagreen")
-
-    def at(t, v):                                                              # a point's position in pixels
-        return 50 + 680 * t, 400 - 370 * v
-
-    for k in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        draw.line([at(k, 0), at(k, 1)], "gainsboro")
-        draw.line([at(0, k), at(1, k)], "gainsboro")
-        draw.text(at(k, -0.01), f"{k:g}", "black", anchor="mt")
-        draw.text(at(-0.01, k), f"{k:g}", "black", anchor="rm")
-    for t in marks:
-        draw.line([at(t, 0), at(t, 1)], "darkorange", width=2)
-        draw.text(at(t, 1.01), f"{t:.3f}", "darkorange", anchor="mb")
-    t, *values = zip(*rows)
-    for i, (name, colour, curve) in enumerate(zip(names, colours, values)):
-        draw.line([at(*point) for point in zip(t, curve)], colour, width=2)
-        draw.text(at(0.02, 0.6 - 0.05 * i), name, colour, anchor="lm")
     write_atomically(path, lambda part: image.save(part, "PNG"))
 
 
@@ -318,140 +553,6 @@ def count_macs(fn, *inputs):
     linear layers, attention products. Build fn and inputs on the meta device: nothing is computed, and
     attention counts exactly (on CPU tensors the fused attention kernel reads 0)."""
     return sum(macs_by_operator(fn, *inputs).values())
-
-
-# ---------------------------------------------------------------------------------------------
-# Inception-v3 of FID and inception score (the TF-slim graph of 2015-12-05)
-# ---------------------------------------------------------------------------------------------
-INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")   # ends in the first digits of its SHA-256
-INCEPTION_STEM = (      # name, channels in, channels out, kernel, stride, padding; or max pooling
-    ("Conv2d_1a_3x3", 3, 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 32, 3, 1, 0),
-    ("Conv2d_2b_3x3", 32, 64, 3, 1, 1), ("MaxPool_1",),
-    ("Conv2d_3b_1x1", 64, 80, 1, 1, 0), ("Conv2d_4a_3x3", 80, 192, 3, 1, 0), ("MaxPool_2",))
-# A block's branches, one a line: name, then convolutions in order as kernel:channels; 1x3|3x1 are
-# two convolutions of one input, and the branch puts out both.
-BLOCK_A = """branch1x1     1x1:64
-             branch5x5     1x1:48  5x5:64
-             branch3x3dbl  1x1:64  3x3:96  3x3:96
-             branch_pool   1x1:{c}"""
-BLOCK_B = """branch3x3     3x3:384
-             branch3x3dbl  1x1:64  3x3:96  3x3:96
-             branch_pool"""
-BLOCK_C = """branch1x1     1x1:192
-             branch7x7     1x1:{c}  1x7:{c}  7x1:192
-             branch7x7dbl  1x1:{c}  7x1:{c}  1x7:{c}  7x1:{c}  1x7:192
-             branch_pool   1x1:192"""
-BLOCK_D = """branch3x3     1x1:192  3x3:320
-             branch7x7x3   1x1:192  1x7:192  7x1:192  3x3:192
-             branch_pool"""
-BLOCK_E = """branch1x1     1x1:320
-             branch3x3     1x1:384  1x3|3x1:384
-             branch3x3dbl  1x1:448  3x3:384  1x3|3x1:384
-             branch_pool   1x1:192"""
-INCEPTION_BLOCKS = (    # name, channels in, branches, c in them, pooling ("avg"), stride (1)
-    ("Mixed_5b", 192, BLOCK_A, 32), ("Mixed_5c", 256, BLOCK_A, 64), ("Mixed_5d", 288, BLOCK_A, 64),
-    ("Mixed_6a", 288, BLOCK_B, 0, "max", 2),
-    ("Mixed_6b", 768, BLOCK_C, 128), ("Mixed_6c", 768, BLOCK_C, 160),
-    ("Mixed_6d", 768, BLOCK_C, 160), ("Mixed_6e", 768, BLOCK_C, 192),
-    ("Mixed_7a", 768, BLOCK_D, 0, "max", 2),
-    ("Mixed_7b", 1280, BLOCK_E, 0), ("Mixed_7c", 2048, BLOCK_E, 0, "max"))  # max: as in the graph
-
-
-def conv_bn_relu(c_in, c_out, kernel, stride, padding):
-    return nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU(inplace=True)))
-
-
-class InceptionBlock(nn.Module):
-    """Branches side by side, their outputs concatenated. With stride 2 the last step of each branch
-    (which may be the pooling) has stride 2 and no padding; every other step keeps the size."""
-
-    def __init__(self, c_in, branches, c, pool="avg", stride=1):
-        super().__init__()
-        self.pool, self.stride, self.branches = pool, stride, {}       # name: [names of each step]
-        for branch, *steps in map(str.split, branches.format(c=c).splitlines()):
-            self.branches[branch], width = [], c_in
-            for i, step in enumerate(steps, 1):
-                kernels, c_out = step.split(":")
-                name = f"{branch}_{i}" if len(steps) > 1 else branch
-                names = [name + "a", name + "b"] if "|" in kernels else [name]
-                for name, kernel in zip(names, kernels.split("|")):
-                    k, s = [int(n) for n in kernel.split("x")], stride if i == len(steps) else 1
-                    padding = [n // 2 for n in k] if s == 1 else 0
-                    self.add_module(name, conv_bn_relu(width, int(c_out), k, s, padding))
-                self.branches[branch].append(names)
-                width = int(c_out)
-
-    def forward(self, x):
-        pooled = (F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False) if self.pool == "avg"
-                  else F.max_pool2d(x, 3, self.stride, padding=2 - self.stride))
-        outputs = []
-        for branch, steps in self.branches.items():
-            y = [pooled if branch == "branch_pool" else x]
-            for names in steps:
-                y = [self.get_submodule(name)(y[0]) for name in names]
-            outputs += y
-        return torch.cat(outputs, 1)
-
-
-def resize_tf1(x, size=299):
-    """Bilinear as in TensorFlow 1: output i lies at input i * n / size (no half-pixel centres), no
-    antialiasing. F.interpolate places the pixels differently, which changes an FID."""
-    for dim in (3, 2):
-        n = x.shape[dim]
-        at = torch.arange(size, dtype=x.dtype, device=x.device) * (n / size)
-        low = at.long()
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
-        x = a + (b - a) * (at - low).view(-1, *[1] * (3 - dim))
-    return x
-
-
-class Inception(nn.Module):
-    """uint8 images (B, 1 or 3, H, W) -> features (B, 2048) for FID, and logits without their bias
-    (B, 1008), which torch-fidelity's inception score takes."""
-
-    width = 2048
-
-    def __init__(self):
-        super().__init__()
-        for name, *conv in INCEPTION_STEM:
-            self.add_module(name, conv_bn_relu(*conv) if conv else nn.MaxPool2d(3, 2))
-        for name, *block in INCEPTION_BLOCKS:
-            self.add_module(name, InceptionBlock(*block))
-        self.fc = nn.Linear(2048, 1008)
-
-    def forward(self, x):
-        if x.dtype != torch.uint8:
-            raise ValueError(f"Inception takes uint8 images, not {x.dtype}")
-        x = ((resize_tf1(x.float()) - 128) / 128).expand(-1, 3, -1, -1)
-        for layer in list(self.children())[:-1]:
-            x = layer(x)
-        x = x.mean((2, 3))
-        return x, x @ self.fc.weight.T
-
-
-def load_inception(path=None):
-    """The frozen network with the public weights: from the file `path`, else from torch.hub's cache
-    or the internet (91 MB). Raises OSError with a line that says where to get the file."""
-    with torch.device("meta"):                                # no random weights to be overwritten
-        net = Inception()
-    name = INCEPTION_URL.rsplit("/", 1)[1]
-    file = Path(path or f"{torch.hub.get_dir()}/checkpoints/{name}")
-    options = dict(map_location="cpu", weights_only=True)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):          # torch.hub prints "Downloading"
-            weights = torch.load(file, **options) if path else torch.hub.load_state_dict_from_url(
-                INCEPTION_URL, check_hash=True, **options)
-        net.load_state_dict(weights, assign=True)
-        if file.name == name and sha256_of(file)[:8] != name[-12:-4]:
-            raise ValueError("its SHA-256 does not fit its name")
-    except Exception as error:                                # a damaged pickle can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
-        raise OSError(f"no Inception weights in {file} ({reason}): delete it if it is there, then "
-                      f"download {INCEPTION_URL} and pass --inception PATH") from None
-    return net.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -492,16 +593,13 @@ class Extractor(nn.Module):
         return F.normalize(self.text(index.to(device), offsets.to(device)), dim=1)
 
 
-def load_extractor(data, device, inception=None, root=HERE / "weights"):
-    """The feature extractor for a data set and its name in results. inception: None for the small
-    one shipped for `data`; a path, or "download", for the FID Inception-v3. Raises OSError/ValueError."""
-    if inception is not None:
-        return load_inception(None if inception == "download" else inception).to(device), "inception"
-    name = "fashion" if data.startswith("fashion") else data
+def load_extractor(data, device, root=HERE / "weights"):
+    """The small feature extractor shipped for a data set, and its name in results. Raises OSError or ValueError."""
+    name = dict(fashion10k="fashion", fashion="fashion", emoji="emoji").get(data)
     path = Path(root) / f"extractor_{name}.pt"
     if not path.is_file():
-        raise ValueError(f"no small extractor for '{data}' ({path.name}): name the Inception weights "
-                         "with --inception PATH, or train one with weights/train_extractor.py")
+        raise ValueError(f"no small extractor for '{data}': FD needs --inception PATH of results/evaluate.py, or "
+                         "an extractor made by weights/train_extractor.py")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                # torch raises many kinds for a damaged file
@@ -544,22 +642,6 @@ def frechet_distance(stats_a, stats_b):
     inner = torch.linalg.eigvalsh(root.T @ cov_b.double() @ root).clamp(min=0).sqrt().sum()
     gap = (mu_a - mu_b).double().square().sum()
     return float(gap + cov_a.trace() + cov_b.trace() - 2 * inner)
-
-
-def inception_score(logits, splits=10):
-    """exp E_x KL(p(y|x) || p(y)) over `splits` parts of logits (N, classes); returns mean, std."""
-    scores = []
-    for part in logits.double().log_softmax(1).chunk(splits):
-        p = part.exp()
-        scores.append((p * (part - p.mean(0).clamp(min=1e-300).log())).sum(1).mean().exp())
-    scores = torch.stack(scores)
-    return float(scores.mean()), float(scores.std(correction=0))
-
-
-def class_logits(extractor, embeddings, captions):
-    """Scaled cosine of image embeddings (N, 64) with each of the captions: (N, len(captions))."""
-    text = extractor.embed_text(captions).cpu()
-    return embeddings @ text.T * float(extractor.log_scale.exp())
 
 
 def caption_score(extractor, embeddings, captions):

@@ -12,6 +12,21 @@ import torch
 
 import common
 
+# A network and a training of a second, in fp32 on every machine. For each script: what else its training, sampling
+# and search are given, and the constants that the search is cut down to.
+TINY = ("--ch 8 --mult 1 2 --attention 1 --patch 2 --data fashion10k --batch 8 --iters 12 --save-every 6 "
+        "--precision fp32").split()
+SCRIPTS = {
+    "c2f_trd": dict(train="", sample="--method base --solver ddim --steps 4", search="--method trd --steps 3",
+                    quick=dict(REFERENCE_STEPS=10, CALIBRATION=4)),
+    "lowdiff": dict(train="--stages 16 32", sample="--steps 3 3 --truncate 2", search="--steps 3 3 --truncate 3",
+                    quick=dict(SEARCH_N=140, REFERENCE_N=300, SHIFTS=(-1, 0))),
+    "multistage": dict(train="--widths 12 8 --edges 0.5", sample="--nfe 6", search="--stages 2 --nfe 6",
+                       quick=dict(cluster_timesteps=lambda *args: ([0.4], dict(edges=[0.4])))),
+    "postdiff": dict(train="", sample="--steps 4", search="--steps 0",
+                     quick=dict(CALIBRATION=2, REFERENCE_STEPS=4, STEPS=(2,), SHARES=(0, 0.5), BUDGET=1)),
+}
+
 
 def start_script(module, *argv):
     """What the script does under `if __name__ == "__main__":` with these arguments: exit code, stdout, stderr."""

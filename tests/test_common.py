@@ -3,27 +3,32 @@ import errno
 import gzip
 import io
 import itertools
+import json
 import math
 import os
 import re
 import resource
+import signal
+import subprocess
+import sys
 import tarfile
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
 import common
-from common import (Extractor, add_noise, caption_score, class_logits, count_macs, extract,
-                    feature_stats, find_data_file, frechet_distance, inception_score,
-                    linear_alpha_bar, load_extractor, load_images, noise_for, progress, save_curves,
-                    save_grid, save_json, sha256_of, start_device, to_float, to_uint8, write_atomically)
+from common import (Extractor, add_noise, begin_run, caption_score, count_macs, extract, feature_stats,
+                    find_data_file, frechet_distance, gather, linear_alpha_bar, load_checkpoint, load_extractor,
+                    load_images, load_plan, load_weights, locked, macs_by_operator, noise_for, parse_config, progress,
+                    run_main, save_grid, save_json, save_run, sha256_of, start_device, to_float, to_uint8,
+                    write_atomically)
 
 DATA = Path(common.__file__).parent / "data"
 
@@ -79,7 +84,8 @@ def test_fd_of_singular_covariances():
 @pytest.mark.parametrize("seed", range(4))
 def test_fd_equals_scipys_sqrtm(seed):
     (mu_a, a), (mu_b, b) = gaussian(64, seed), gaussian(64, seed + 100)
-    root = scipy.linalg.sqrtm(a.numpy() @ b.numpy()).real
+    linalg = pytest.importorskip("scipy.linalg")
+    root = linalg.sqrtm(a.numpy() @ b.numpy()).real
     expected = float(((mu_a - mu_b) ** 2).sum() + (a + b).trace()) - 2 * np.trace(root)
     for pair in ((mu_a, a), (mu_b, b)), ((mu_b, b), (mu_a, a)):                # symmetric
         assert frechet_distance(*pair) == pytest.approx(expected, rel=1e-8)
@@ -94,35 +100,6 @@ def test_feature_stats():
         with pytest.raises(ValueError, match="7"):
             feature_stats(x[:n])
     feature_stats(x[:8])
-
-
-# ---------------------------------------------------------------------------------------------
-# Inception score
-# ---------------------------------------------------------------------------------------------
-def test_inception_score_closed_forms():
-    uniform = torch.randn(100, 1, generator=gen()).expand(100, 10)
-    assert inception_score(uniform) == pytest.approx((1, 0), abs=1e-12)
-    sharp = 100 * torch.eye(10).repeat(20, 1)                                  # balanced in each part
-    assert inception_score(sharp) == pytest.approx((10, 0), abs=1e-9)
-    assert inception_score(sharp + 7)[0] == pytest.approx(10)                  # logits have no origin
-    assert inception_score(torch.cat([sharp[:1]] * 50))[0] == pytest.approx(1)   # sharp, one class
-    # Classes 0-4 with equal chance, the others never; a sample is sure of its own with p = 0.9
-    p = torch.full((200, 10), 1e-30)
-    p[:, :5] = 0.025
-    p[torch.arange(200), torch.arange(200) % 5] = 0.9
-    expected = math.exp(0.9 * math.log(0.9 * 5) + 4 * 0.025 * math.log(0.025 * 5))
-    assert inception_score(p.log())[0] == pytest.approx(expected, rel=1e-6)
-
-
-def test_inception_score_splits():
-    a, b = 100 * torch.eye(8).repeat(4, 1), torch.zeros(32, 8)
-    assert inception_score(torch.cat([a, b]), splits=2) == pytest.approx((4.5, 3.5))
-    assert inception_score(a, splits=1) == pytest.approx((8, 0))
-
-
-def test_inception_score_of_a_class_with_probability_zero():
-    logits = 1e4 * torch.eye(10)[:5].repeat(20, 1)          # exp(-1e4) is 0: 0 log 0 must be 0
-    assert inception_score(logits) == pytest.approx((5, 0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,94 +243,6 @@ def test_cifar10(tmp_path, monkeypatch):
     assert captions[0] == "airplane" and captions[9] == "truck" and len(captions) == 10
 
 
-def test_folder(tmp_path, capsys):
-    (tmp_path / "dogs").mkdir()
-    (tmp_path / "cats" / "old").mkdir(parents=True)
-    # Wide: the middle is red between blue bars. Tall: the middle is green between white bars.
-    wide = np.zeros((40, 80, 3), np.uint8)
-    wide[..., 2], wide[:, 20:60] = 255, (255, 0, 0)
-    tall = np.full((90, 30, 3), 255, np.uint8)
-    tall[30:60] = (0, 255, 0)
-    Image.fromarray(wide).save(tmp_path / "dogs" / "wide.png")
-    Image.fromarray(tall).save(tmp_path / "cats" / "old" / "tall.PNG")
-    Image.fromarray(np.full((20, 20), 77, np.uint8)).save(tmp_path / "cats" / "grey.bmp")
-    Image.fromarray(np.full((20, 20, 4), 200, np.uint8)).save(tmp_path / "dogs" / "alpha.png")
-    (tmp_path / "cats" / "notes.txt").write_text("no image")
-    x, y, captions = load_images(str(tmp_path), res=16)
-    assert x.shape == (4, 3, 16, 16) and x.dtype == torch.uint8 and y.dtype == torch.int64
-    assert captions == ["cats", "dogs"] and sorted(y.tolist()) == [0, 0, 1, 1]
-    pixels = {tuple(image[:, 8, 8].tolist()): (image, captions[k]) for image, k in zip(x, y)}
-    red, green, grey = pixels[255, 0, 0], pixels[0, 255, 0], pixels[77, 77, 77]
-    assert (red[1], green[1], grey[1]) == ("dogs", "cats", "cats")
-    assert (grey[0] == 77).all()
-    for image, c in ((red[0], 0), (green[0], 1)):                              # the bars are cut off
-        inner = image[:, 2:-2, 2:-2]                        # Pillow's filter looks a bit beyond its box
-        assert (inner[c] >= 254).all() and (inner[[k for k in range(3) if k != c]] <= 1).all()
-        assert (image[c] > 200).all()
-    assert capsys.readouterr().err == ""
-
-
-def test_folder_keeps_up_up_and_left_left(tmp_path):
-    a = np.zeros((32, 32, 3), np.uint8)
-    a[:16, :16], a[16:, :16] = (255, 0, 0), (0, 0, 255)
-    Image.fromarray(a).save(tmp_path / "a.png")
-    x, y, captions = load_images(str(tmp_path), res=8)
-    assert (x[0] > 128)[:, 1, 1].tolist() == [True, False, False]
-    assert (x[0] > 128)[:, 6, 1].tolist() == [False, False, True]
-    assert (x[0] < 20)[:, 1, 6].all() and captions == [""] and y.tolist() == [0]
-    x, _, _ = load_images(str(tmp_path), res=32)
-    assert (x[0].permute(1, 2, 0).numpy() == a).all()
-
-
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
-    Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(tmp_path / "a.png")
-    assert (load_images(str(tmp_path), res=8)[0].float() - 100).abs().max() <= 1
-
-
-def bad_images(folder):
-    """Images that cannot be read, of several kinds."""
-    good = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for name in ("cut.jpg", "cut.png", "cut.webp"):        # a valid header, then half of the data
-        good.save(folder / name)
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:len(content) // 2])
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("no image")
-    good.save(folder / "chunk.png")                        # Pillow: SyntaxError, broken PNG file
-    content = bytearray((folder / "chunk.png").read_bytes())
-    content[37:41] = b"\x00\x01\x02\x03"
-    (folder / "chunk.png").write_bytes(content)
-    good.save(folder / "huge.bmp")                         # a damaged header: 64 x 2^30 pixels
-    content = bytearray((folder / "huge.bmp").read_bytes())
-    content[25] = 0x40
-    (folder / "huge.bmp").write_bytes(content)
-    return {p.name for p in folder.iterdir()}
-
-
-@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "cut.webp", "empty.png", "text.jpg", "chunk.png",
-                                  "huge.bmp"])
-def test_damaged_image_among_good_ones(tmp_path, capsys, name):
-    assert name in bad_images(tmp_path)
-    for p in tmp_path.iterdir():
-        if p.name != name:
-            p.unlink()
-    for i in range(3):
-        Image.fromarray(np.full((20, 20, 3), 50 + i, np.uint8)).save(tmp_path / f"good{i}.png")
-    x, y, _ = load_images(str(tmp_path), res=8)
-    assert x[:, 0, 0, 0].tolist() == [50, 51, 52] and len(y) == 3
-    err = capsys.readouterr().err
-    assert err.startswith("warning:") and name in err and err.count("\n") == 1
-
-
-def test_no_image_left(tmp_path, capsys):
-    for _ in range(2):
-        with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
-            load_images(str(tmp_path))
-        one_line(error)
-        (tmp_path / "text.jpg").write_text("no image")      # second: only a damaged one
-    assert "text.jpg" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["fashoin", "", "/nope/nope", "cifar100"])
 def test_unknown_data(name):
     if name == "":
@@ -447,6 +336,8 @@ def test_count_macs_by_hand():
     assert count_macs(F.scaled_dot_product_attention, q, k, k) == attention
     assert count_macs(lambda a, b: (conv(a), conv(a), linear(b)), x, v) == 2 * 41472 + 16800
     assert count_macs(nn.GroupNorm(2, 6, device="meta"), x) == 0
+    by = macs_by_operator(lambda: (conv(x), F.scaled_dot_product_attention(q, k, k), linear(v)))
+    assert {k.split(".")[1]: n for k, n in by.items()} == dict(convolution=41472, bmm=attention, addmm=16800)
 
 
 def test_count_macs_on_the_cpu():
@@ -455,7 +346,7 @@ def test_count_macs_on_the_cpu():
 
 
 # ---------------------------------------------------------------------------------------------
-# Images to files
+# Images and other files
 # ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("n, columns", [(6, 3), (7, 3), (2, 4), (1, 1)])
@@ -478,16 +369,6 @@ def test_save_grid(tmp_path, channels, n, columns, scale):
         assert (tile == expected).all()
         tile[:] = 255
     assert (pixels == 255).all()                                               # lines, empty places
-
-
-def test_curves_go_through_their_points(tmp_path):
-    """Black for the first curve, crimson for the second, orange for the mark; where neither is, white."""
-    save_curves(tmp_path / "a.png", [(0, 1, 0.25), (0.5, 1, 0.25), (1, 1, 0.25)], ("up", "down"), [0.3])
-    image = Image.open(tmp_path / "a.png")
-    assert image.getpixel((50 + 340, 400 - 370)) == (0, 0, 0)
-    assert image.getpixel((50 + 340, round(400 - 370 * 0.25))) == (220, 20, 60)
-    assert image.getpixel((50 + 204, 400 - 185)) == (255, 140, 0)
-    assert image.getpixel((50 + 340, 400 - 185)) == (255, 255, 255)
 
 
 def test_save_grid_of_floats(tmp_path):
@@ -567,6 +448,317 @@ def test_save_json(tmp_path):
     value = dict(low_taus=[999, 500, 0], loss=1.5e-9, nested=[dict(a=[1, 2.5]), "text"], none=None)
     save_json(tmp_path / "plan.json", value)
     assert common.json.loads((tmp_path / "plan.json").read_text()) == value
+
+
+def test_a_list_of_rows_as_json(tmp_path):
+    rows = [dict(table="1", ours=2.5), dict(table="2", ours=None)]
+    save_json(tmp_path / "rows.json", rows)
+    text = (tmp_path / "rows.json").read_text()
+    assert json.loads(text) == rows and text.count("\n") == 4                  # one entry a line
+
+
+def test_load_plan(tmp_path):
+    plan, path = dict(solver="ddim", high_taus=[999, 0], loss=[1e-3]), tmp_path / "plan.json"
+    save_json(path, plan)
+    assert load_plan(path, "solver", "high_taus") == plan
+    for content in (b"", b"{", b"[1]", b"3", b"null", b'"plan"', b"\xff\xfe\x00", b'{"solver": "ddim"}'):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="plan.json") as error:
+            load_plan(path, "solver", "high_taus")
+        assert "--search" in one_line(error)
+    with pytest.raises(OSError, match="none.json"):
+        load_plan(tmp_path / "none.json")
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs: lock, checkpoints, --resume, --init
+# ---------------------------------------------------------------------------------------------
+HOLD = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+file.truncate(0)
+file.write(str(os.getpid()))
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    """The second is told which process is there; a killed one leaves nothing that has to be removed."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"process {holder.pid}.*{tmp_path}.*--out"):
+            with locked(tmp_path):
+                pytest.fail("both hold it")
+        with locked(tmp_path / "other" / "run"):                               # another folder is free
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    with locked(tmp_path):
+        assert (tmp_path / "lock").read_text() == str(os.getpid())
+        with pytest.raises(ValueError, match=f"process {os.getpid()} "):
+            locked(tmp_path).__enter__()
+    with pytest.raises(KeyError):
+        with locked(tmp_path):
+            raise KeyError
+    with locked(tmp_path):                                                     # freed by an error as well
+        pass
+
+
+def saved_state(**changes):
+    ema = {"weight": torch.randn(2, 3, generator=gen()).half(), "steps": torch.tensor(3)}
+    return {**dict(script="c2f_trd", config=dict(ch=8), step=5, ema=ema), **changes}
+
+
+def test_load_checkpoint(tmp_path):
+    path = tmp_path / "weights.pt"
+    state = saved_state()
+    torch.save(state, path)
+    saved = load_checkpoint(path, "c2f_trd")
+    assert saved["config"] == dict(ch=8) and saved["step"] == 5 and saved["net"] == {}
+    assert saved["ema"]["weight"].dtype == torch.float32 and saved["ema"]["steps"].dtype == torch.int64
+    assert saved["ema"]["weight"].equal(state["ema"]["weight"].float())
+
+
+def test_checkpoints_that_are_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(OSError, match="no checkpoint .*--train.*--checkpoint") as error:
+        load_checkpoint(path, "c2f_trd")
+    assert str(path) in one_line(error)
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):          # a folder
+        load_checkpoint(tmp_path, "c2f_trd")
+    torch.save(saved_state(), path)
+    content = path.read_bytes()
+    for damaged in (content[:len(content) // 2], content[:-100], content[:100], b"", b"text\n" * 50):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged or no checkpoint") as error:
+            load_checkpoint(path, "c2f_trd")
+        assert str(path) in one_line(error)
+    old = {k: v for k, v in saved_state(args=dict(ch=8)).items() if k != "config"}
+    nan = dict(weight=torch.tensor([1.0, float("nan")]))
+    for value, words in ((saved_state(script="lowdiff"), "of 'lowdiff', not of 'c2f_trd'"), ([1, 2], "'unknown'"),
+                         (torch.zeros(3), "'unknown'"), (dict(a=1), "'unknown'"), (old, "older.*train anew"),
+                         (saved_state(ema=nan), "damaged.*not finite")):
+        torch.save(value, path)
+        with pytest.raises(ValueError, match=words) as error:
+            load_checkpoint(path, "c2f_trd")
+        assert str(path) in one_line(error)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save(saved_state(extra=Evil()), tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        load_checkpoint(tmp_path / "checkpoint.pt", "c2f_trd")
+    assert not (tmp_path / "made").exists()
+
+
+def test_load_weights():
+    net, state = nn.Linear(3, 2), nn.Linear(3, 2).state_dict()
+    load_weights(net, state, "a.pt")
+    assert net.weight.equal(state["weight"]) and net.bias.equal(state["bias"])
+    for wrong, word in ((dict(state, label=torch.zeros(1)), "label"), (dict(state, weight=torch.zeros(3, 3)), "sizes")):
+        with pytest.raises(ValueError, match=f"a.pt: .*{word}") as error:
+            load_weights(net, wrong, "a.pt")
+        one_line(error)
+
+
+GROUPS = {
+    "run": {"out": ("runs/x", None, "folder"), "checkpoint": ("", None, "weights"),
+            "precision": ("auto", ("auto", "fp32", "bf16"), "of numbers"), "seed": (0, (0, 10 ** 12), "of images"),
+            "n": (64, (1, 1000), "images")},
+    "network": {"ch": (32, (4, 64), "width"), "mult": ([1, 2, 4], (1, 64), "widths"), "low": (0, (0, 64), "side")},
+    "training": {"data": ("fashion10k", None, "images"), "init": ("", None, "a checkpoint"),
+                 "batch": (8, (1, 100), "a step"), "lr": (1e-3, (1e-9, 1), "rate"), "iters": (10, (1, 1000), "steps"),
+                 "save_every": (5, (1, 1000), "steps")},
+    "method": {"solver": ("dpm2", ("ddim", "dpm2"), "solver"), "steps": (5, (1, 1000), "steps")},
+}
+CPU = torch.device("cpu")
+
+
+def parse(line, doc="A paper.\nIn two lines.\n\nMore."):
+    return parse_config("x", GROUPS, doc, line.split())
+
+
+def begin(line, world=1):
+    return begin_run("x", parse(line), GROUPS, CPU, world)
+
+
+def save(config, step=5, losses=(1.0, 2.0), net=None, rank=0, **changes):
+    """What train does at a save, with a network of one layer."""
+    torch.manual_seed(step)
+    net, ema = net or nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_run("x", dict(config, **changes), step, net, ema, optimizer, list(map(torch.tensor, losses)), 0.0, rank)
+    return net, ema, optimizer
+
+
+def test_save_run(tmp_path):
+    config, saved = begin(f"--train --out {tmp_path} --ch 16 --precision fp32")
+    assert saved == {} and config["ch"] == 16
+    net, ema, optimizer = save(config, channels=3)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "log.jsonl", "weights.pt"]
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved.keys() == {"script", "config", "step", "net", "ema", "optimizer"} and saved["step"] == 5
+    expected = {k: v for k, v in config.items() if k not in ("given", "train", "search", "sample", "resume")}
+    assert saved["config"] == dict(expected, channels=3)
+    for part, module in (("net", net), ("ema", ema)):
+        assert all(saved[part][k].equal(v) for k, v in module.state_dict().items())
+    assert saved["optimizer"]["state"][0]["exp_avg"].equal(optimizer.state_dict()["state"][0]["exp_avg"])
+    small = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert small.keys() == {"script", "config", "step", "ema"}
+    assert small["ema"]["weight"].dtype == torch.float16
+    assert torch.allclose(small["ema"]["weight"].float(), ema.weight, atol=1e-3)
+    save(config, step=10, losses=(3.0,))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["images"], line["loss"]) for line in lines] == [(5, 40, 1.5), (10, 80, 3.0)]
+    (tmp_path / "log.jsonl").unlink()
+    save(config, step=15, rank=1)                                              # only the first process writes
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 10
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    config, _ = begin(f"--train --out {tmp_path} --precision fp32")
+    save(config)
+    broken = nn.Linear(3, 2)
+    broken.weight.data[0, 0] = float("inf")
+    for options in (dict(losses=(1.0, float("nan"))), dict(net=broken), dict(losses=(float("inf"),), rank=1)):
+        with pytest.raises(ValueError, match="not finite at step 10.*--resume.*--lr") as error:
+            save(config, step=10, **options)
+        one_line(error)
+    assert load_checkpoint(tmp_path / "checkpoint.pt", "x")["step"] == 5
+
+
+def test_disk_full_at_a_save(tmp_path):
+    """The old checkpoint stays, and no half line in the log."""
+    config, _ = begin(f"--train --out {tmp_path} --precision fp32")
+    save(config)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"cannot write {tmp_path}") as error:
+            save(config, step=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    one_line(error)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_resume_is_with_the_configuration_of_the_run(tmp_path):
+    config, _ = begin(f"--train --out {tmp_path} --ch 16 --lr 0.01 --batch 4 --save-every 3 --seed 7 --precision fp32")
+    save(config, channels=3)
+    config, saved = begin(f"--train --resume --out {tmp_path}")
+    assert saved["step"] == 5 and config["resume"] and config["channels"] == 3
+    assert [config[k] for k in ("ch", "lr", "batch", "save_every", "seed", "iters", "precision")] == \
+        [16, 0.01, 4, 3, 7, 10, "fp32"]
+    config, _ = begin(f"--train --resume --out {tmp_path} --lr 0.001 --iters 20 --save-every 9 --data emoji")
+    assert [config[k] for k in ("ch", "lr", "iters", "save_every", "data")] == [16, 0.001, 20, 9, "emoji"]
+    with pytest.raises(ValueError, match="finished, 5 steps.*--iters") as error:
+        begin(f"--train --resume --out {tmp_path} --iters 5")
+    one_line(error)
+    with pytest.raises(ValueError, match="holds a run already.*--resume"):
+        begin(f"--train --out {tmp_path}")
+    with pytest.raises(OSError, match="no checkpoint"):
+        begin(f"--train --resume --out {tmp_path / 'none'}")
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is(tmp_path):
+    config, _ = begin(f"--train --out {tmp_path / 'a'} --precision fp32")
+    save(config)
+    (tmp_path / "a").rename(tmp_path / "b")
+    groups = {**GROUPS, "run": {**GROUPS["run"], "out": (str(tmp_path / "b"), None, "folder")}}      # the default
+    config, _ = begin_run("x", parse_config("x", groups, "A paper.", ["--train", "--resume"]), groups, CPU, 1)
+    assert config["out"] == str(tmp_path / "b")
+
+
+def test_init_brings_its_network(tmp_path):
+    config, _ = begin(f"--train --out {tmp_path / 'a'} --ch 16 --mult 1 2 --batch 4 --precision fp32")
+    save(config)
+    init = tmp_path / "a" / "checkpoint.pt"
+    config, saved = begin(f"--train --out {tmp_path / 'b'} --init {init} --low 8")
+    assert [config[k] for k in ("ch", "mult", "low", "batch")] == [16, [1, 2], 8, 8]
+    assert saved["step"] == 5 and config["out"] == str(tmp_path / "b")
+    with pytest.raises(OSError, match="nope.pt"):
+        begin(f"--train --out {tmp_path / 'b'} --init {tmp_path / 'nope.pt'}")
+
+
+@pytest.mark.parametrize("fast, expected", [(True, "bf16"), (False, "fp32")])
+def test_auto_precision_is_decided_once(tmp_path, monkeypatch, fast, expected):
+    """In training only, and a run goes on in what it began with."""
+    monkeypatch.setattr(common, "has_fast_bf16", lambda device: fast)
+    config, _ = begin(f"--train --out {tmp_path}")
+    assert config["precision"] == expected
+    save(config)
+    monkeypatch.setattr(common, "has_fast_bf16", lambda device: not fast)
+    assert begin(f"--train --resume --out {tmp_path}")[0]["precision"] == expected
+
+
+def test_a_batch_that_does_not_divide(tmp_path):
+    assert begin(f"--train --out {tmp_path} --batch 9", world=3)
+    with pytest.raises(ValueError, match="--batch 8 .* 3 processes") as error:
+        begin(f"--train --out {tmp_path}", world=3)
+    one_line(error)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+def test_parse_config():
+    config = parse("--train --mult 1 3 --lr 1e-4 --search --sample --steps 1000 --data a/b --save-every 7")
+    assert config["given"] == {"train", "mult", "lr", "search", "sample", "steps", "data", "save_every"}
+    assert config["mult"] == [1, 3] and config["lr"] == 1e-4 and config["steps"] == 1000 and config["data"] == "a/b"
+    assert config["train"] and config["search"] and config["sample"] and not config["resume"]
+    assert config["save_every"] == 7 and config["ch"] == 32 and config["solver"] == "dpm2"       # the defaults
+    config["mult"].append(9)
+    assert parse("--sample")["mult"] == [1, 2, 4] and parse("--sample")["given"] == {"sample"}
+
+
+@pytest.mark.parametrize("line, words", [
+    ("", "nothing to do.*--train"), ("--resume", "nothing to do"), ("--sample --resume", "--resume goes with --train"),
+    ("--sample --nope 3", "--nope"), ("--sample extra", "extra"), ("--sample --step 5", "--step"),   # no abbreviations
+    ("--sample --steps ten", "steps.*ten"), ("--sample --steps 5.5", "5.5"), ("--sample --steps", "steps"),
+    ("--sample --steps 5 6", "6"), ("--train --mult 1 x", "mult.*x"), ("--train --mult", "mult"),
+    ("--sample --steps 0", "--steps 0: must be in 1 .. 1000"), ("--sample --steps 1001", "1001.*1 .. 1000"),
+    ("--sample --n -5", "--n.*1 .. 1000"), ("--train --mult 1 0 2", "--mult 1 0 2.*1 .. 64"),
+    ("--train --lr 0", "--lr.*1e-09 .. 1"), ("--train --lr nan", "--lr nan"), ("--train --lr inf", "--lr inf"),
+    ("--sample --solver euler", "--solver euler: choose from ddim, dpm2"),
+    ("--sample --seed 1" + 30 * "0", "--seed.*0 .. 1e.12"), ("--sample --seed -1", "--seed"),
+    ("--sample --ch 16", "--ch goes with --train"), ("--search --lr 0.1", "--lr goes with --train"),
+    ("--train --steps 5", "--steps goes with --search or --sample"),
+    ("--train --resume --ch 16", "--ch cannot change"), ("--train --resume --batch 16", "--batch cannot change"),
+    ("--train --resume --init a.pt", "--init cannot change"), ("--train --resume --mult 1", "--mult cannot change"),
+    ("--train --resume --seed 5", "--seed cannot change"),
+    ("--train --checkpoint a.pt", "--checkpoint.*--init.*--resume")])
+def test_wrong_use_is_one_line(line, words):
+    with pytest.raises(ValueError, match=words) as error:
+        parse(line)
+    assert "python x.py --help" in one_line(error)
+
+
+def test_what_may_change_beside_resume():
+    config = parse("--train --resume --lr 0.1 --iters 20 --save-every 5 --data b --out c --precision bf16")
+    assert config["given"] == {"train", "resume", "lr", "iters", "save_every", "data", "out", "precision"}
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert not error.value.code and "A paper. In two lines." in text and "More" not in text
+    for key in ["train", "search", "sample", "resume", *(key for keys in GROUPS.values() for key in keys)]:
+        assert f"--{key.replace('_', '-')} " in text
+    assert "network: widths [1 2 4]" in text and "run: weights\n" in text      # no empty default
 
 
 # ---------------------------------------------------------------------------------------------
@@ -658,6 +850,53 @@ def test_start_device(monkeypatch):
         one_line(error)
 
 
+def test_fast_bf16_is_read_from_the_flags(monkeypatch):
+    for flags, expected in (("sse avx2", False), ("avx512_bf16 fma", True), ("avx2 amx_bf16", True)):
+        monkeypatch.setattr(Path, "read_text", lambda path, flags=flags: flags)
+        assert common.has_fast_bf16(CPU) == expected or not Path("/proc/cpuinfo").exists()
+    monkeypatch.setattr(Path, "exists", lambda path: False)                    # macOS, Windows
+    assert not common.has_fast_bf16(CPU)
+
+
+def test_autocast():
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4, generator=gen())
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with common.autocast(CPU, precision):
+            assert layer(x).dtype == dtype
+    with common.autocast(torch.device("meta"), "fp32"):                        # where MACs are counted
+        assert nn.Linear(4, 4, device="meta")(x.to("meta")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("n, world", [(7, 1), (7, 2), (8, 2), (7, 3), (1, 2)])
+def test_gather_puts_shares_back(monkeypatch, n, world):
+    x = torch.arange(n)[:, None] * torch.ones(1, 3)
+
+    def all_gather_object(parts, part):
+        parts[:] = [x[r::world] for r in range(world)]
+
+    monkeypatch.setattr(common.dist, "all_gather_object", all_gather_object)
+    assert gather(x[0::world], world).equal(x)
+
+
+def test_noise_for_no_seeds():
+    """A process's share may be empty: one image, two processes."""
+    assert noise_for([], (3, 4, 4)).shape == (0, 3, 4, 4)
+    assert [z.shape for z in noise_for([], (3, 4, 4), (1, 2, 2))] == [(0, 3, 4, 4), (0, 1, 2, 2)]
+
+
+def test_run_main_says_what_a_user_can_mend_in_one_line(capsys):
+    for error in (ValueError("--lr is wrong"), OSError("no file a.pt")):
+        with pytest.raises(SystemExit) as stopped:
+            run_main(mock.Mock(side_effect=error), "x")
+        assert stopped.value.code == 1 and capsys.readouterr().err == f"x: error: {error}\n"
+    with pytest.raises(SystemExit, match="x: interrupted.*--resume"):
+        run_main(mock.Mock(side_effect=KeyboardInterrupt), "x")
+    with pytest.raises(TypeError):                                             # a mistake of ours shows itself
+        run_main(mock.Mock(side_effect=TypeError), "x")
+    run_main(lambda: None, "x")
+    assert capsys.readouterr().err == ""
+
+
 # ---------------------------------------------------------------------------------------------
 # Extractor
 # ---------------------------------------------------------------------------------------------
@@ -729,17 +968,13 @@ def test_fd_does_not_depend_on_the_batch(extractor):
     assert fd[0] > 0.01 and fd[0] == pytest.approx(fd[1], rel=1e-4)
 
 
-def test_caption_score_and_class_logits(extractor):
+def test_caption_score(extractor):
     captions = ["red box", "green ball", "blue box"]
     text = extractor.embed_text(captions)
     assert caption_score(extractor, text, captions) == pytest.approx(1, abs=1e-6)
     assert caption_score(extractor, -text, captions) == pytest.approx(-1, abs=1e-6)
     half = torch.cat([text[:1], -text[1:2]])
     assert caption_score(extractor, half, captions[:2]) == pytest.approx(0, abs=1e-6)
-    logits = class_logits(extractor, text[[2, 0]], captions)
-    assert logits.shape == (2, 3) and logits.argmax(1).tolist() == [2, 0]
-    assert logits[0, 2].item() == pytest.approx(10, rel=1e-5)                  # exp(log_scale) * cosine
-    assert logits[0, 0].item() == pytest.approx(10 * (text[2] @ text[0]).item(), abs=1e-5)
 
 
 def test_patches_are_pixels_folded_into_channels():
@@ -775,5 +1010,3 @@ def test_load_extractor(tmp_path, patch):
         with pytest.raises((ValueError, OSError), match="extractor_fashion.pt") as error:
             load_extractor("fashion", cpu, root=tmp_path)
         one_line(error)
-    with pytest.raises(OSError, match="nope.pth"):
-        load_extractor("fashion", cpu, inception=str(tmp_path / "nope.pth"))

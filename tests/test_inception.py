@@ -7,11 +7,13 @@ import importlib.util
 import sys
 import types
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
 
-from common import INCEPTION_URL, Inception, load_inception
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
+from inception import INCEPTION_URL, Inception, load_inception  # noqa: E402
 
 
 def random_weights(seed=0):

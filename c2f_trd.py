@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import (HERE, LossModule, add_noise, autocast, begin_run, gather, linear_alpha_bar, load_checkpoint,
                     load_images, load_plan, load_weights, locked, noise_for, parse_config, progress, run_main,
-                    save_grid, save_json, save_run, scale_and_sigma, start_device, to_float, to_uint8)
+                    save_grid, save_json, save_run, save_samples, scale_and_sigma, start_device, to_float, to_uint8)
 
 SCRIPT = "c2f_trd"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
@@ -250,7 +250,7 @@ def load_data(config):
     config.update(channels=x.shape[1], res=x.shape[-1])
     R, low, multiple = x.shape[-1], config["low"] or x.shape[-1], config["patch"] * 2 ** (len(config["mult"]) - 1)
     if R % low or low % multiple or low == R and config["low"]:
-        raise ValueError(f"the resolution {R} and --low {low} must be multiples of {multiple} (--mult, --patch), and the "
+        raise ValueError(f"the resolution {R} and --low {low} must be multiples of {multiple} (--mult, --patch), the "
                          "one of the other")
     return x, y
 
@@ -627,8 +627,7 @@ def main():
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
-            save_grid(Path(config["out"]) / "samples.png", images)
-            print(f"{len(images)} images, {time.time() - begun:.1f} s: {Path(config['out']) / 'samples.png'}")
+            save_samples(config, images, seeds, time.time() - begun)
 
 
 if __name__ == "__main__":

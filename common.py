@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import tarfile
+import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 try:
@@ -99,6 +100,7 @@ FASHION_CLASSES = ("t-shirt top", "trouser", "pullover", "dress", "coat", "sanda
                    "sneaker", "bag", "ankle boot")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
                    "truck")
+EMOJI = {"emoji": ("twitter", "google"), "twemoji": ("twitter",), "noto": ("google",)}         # by their drawers
 FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = {
@@ -148,7 +150,7 @@ def load_idx(path):
 def load_images(name, res=32, root=HERE / "data", channels=None):
     """A data set by name, or a folder of images.
 
-    name: fashion10k | fashion | cifar10 | emoji | a folder (sub-folders are its classes).
+    name: fashion10k | fashion | cifar10 | emoji | twemoji | noto | a folder (sub-folders are its classes).
     res: side R to which a folder's images are centre-cropped and resized; the others have their own. channels: 1 or
     3 of a folder's images; None: 1 if all of them are grey.
     Returns x uint8 (N, C, R, R), y int64 (N,), captions (list of str): image i shows captions[y[i]].
@@ -166,19 +168,20 @@ def load_images(name, res=32, root=HERE / "data", channels=None):
             raw = b"".join(tar.extractfile(m).read() for m in batches)
         rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)                  # label, RRR GGG BBB
         x, y, captions = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], list(CIFAR10_CLASSES)
-    elif name == "emoji":
+    elif name in EMOJI:
         sheet, text = (find_data_file(f, None, root) for f in ("emoji.png", "emoji.txt"))
-        lines = [s.split("\t")[-1] for s in text.read_text().splitlines()]
+        lines = [s.split("\t") for s in text.read_text().splitlines()]
+        keep, lines = zip(*((i, s[2]) for i, s in enumerate(lines) if s[0] in EMOJI[name]))
         tiles = np.asarray(Image.open(sheet).convert("RGB"))
         rows, cols = tiles.shape[0] // 64, tiles.shape[1] // 64
         x = tiles.reshape(rows, 64, cols, 64, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 64, 64)
         captions = sorted(set(lines))
-        x, y = x[:len(lines)], np.array([captions.index(s) for s in lines])
+        x, y = x[list(keep)], np.array([captions.index(s) for s in lines])
     elif Path(name).is_dir():
         x, y, captions = load_folder(Path(name), res, channels)
     else:
-        raise ValueError(f"no data set or folder '{name}': use fashion10k, fashion, cifar10, emoji "
-                         "or the path of a folder of images")
+        raise ValueError(f"no data set or folder '{name}': use fashion10k, fashion, cifar10, emoji, "
+                         "twemoji, noto or the path of a folder of images")
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)), captions
 
 
@@ -524,10 +527,37 @@ def save_run(script, config, step, net, ema, optimizer, losses, begun, rank):
         log.write(json.dumps(line) + "\n")
 
 
-def save_grid(path, x, columns=8, scale=2):
-    """PNG of the images x (N, C, H, W), float in [-1, 1] or uint8, row by row, `columns` a row."""
+def captions_of(config, seeds):
+    """What each seed is to show: the prompts in turn, else the data's captions, in strides; [] of a network without
+    text (no "words" in its configuration)."""
+    prompts = [prompt for prompt in config.get("prompt", ()) if prompt]
+    captions, stride = (prompts, 1) if prompts else (config["captions"] if "words" in config else [], 1009)
+    return [captions[stride * i % len(captions)] for i in seeds if captions]
+
+
+def text_strip(text, channels, width, lines=3):
+    """uint8 (C, 11 lines, W): a text in black on white, broken into lines."""
+    image = Image.new("RGB" if channels == 3 else "L", (width, 11 * lines), "white")
+    for i, line in enumerate(textwrap.wrap(text, width // 6)[:lines]):
+        ImageDraw.Draw(image).text((1, 11 * i), line, "black", ImageFont.load_default_imagefont())
+    return torch.from_numpy(np.array(image)).view(11 * lines, width, channels).permute(2, 0, 1)
+
+
+def save_samples(config, images, seeds, seconds):
+    """--sample's last lines and picture, samples.png: with captions, if the network has any."""
+    path, captions = Path(config["out"]) / "samples.png", captions_of(config, seeds)
+    save_grid(path, images, captions=captions)
+    for i in range(0, len(captions), 8):                       # a line for a row of the picture
+        print("; ".join(captions[i:i + 8]))
+    print(f"{len(images)} images, {seconds:.1f} s: {path}")
+
+
+def save_grid(path, x, columns=8, scale=2, captions=()):
+    """PNG of the images x (N, C, H, W), float in [-1, 1] or uint8, row by row, `columns` a row, with captions below."""
     x = x if x.dtype == torch.uint8 else to_uint8(x)
     x = x.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    if captions:
+        x = torch.cat([x, torch.stack([text_strip(s, x.shape[1], x.shape[3]) for s in captions])], dim=2)
     n, c, h, w = x.shape
     x = F.pad(x, (1, 1, 1, 1), value=255)                                      # a white line between
     x = torch.cat([x, x.new_full((-n % columns, *x.shape[1:]), 255)])
@@ -595,7 +625,7 @@ class Extractor(nn.Module):
 
 def load_extractor(data, device, root=HERE / "weights"):
     """The small feature extractor shipped for a data set, and its name in results. Raises OSError or ValueError."""
-    name = dict(fashion10k="fashion", fashion="fashion", emoji="emoji").get(data)
+    name = dict(fashion10k="fashion", fashion="fashion", **dict.fromkeys(EMOJI, "emoji")).get(data)
     path = Path(root) / f"extractor_{name}.pt"
     if not path.is_file():
         raise ValueError(f"no small extractor for '{data}': FD needs --inception PATH of results/evaluate.py, or "

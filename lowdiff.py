@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import (HERE, LossModule, autocast, begin_run, extract, feature_stats, frechet_distance, gather,
                     load_checkpoint, load_extractor, load_images, load_plan, load_weights, locked, noise_for,
-                    parse_config, progress, run_main, save_grid, save_json, save_run, start_device, to_float, to_uint8)
+                    parse_config, progress, run_main, save_grid, save_json, save_run, save_samples, start_device,
+                    to_float, to_uint8)
 
 SCRIPT = "lowdiff"
 SIGMA_DATA = 0.5               # EDM's, at every resolution (Sec. 4.1: settings retained; D9)
@@ -598,8 +599,7 @@ def main():
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
-            save_grid(Path(config["out"]) / "samples.png", images)
-            print(f"{len(images)} images, {time.time() - begun:.1f} s: {Path(config['out']) / 'samples.png'}")
+            save_samples(config, images, seeds, time.time() - begun)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (HERE, LossModule, autocast, begin_run, gather, load_checkpoint, load_images, load_weights, locked,
-                    noise_for, parse_config, progress, run_main, save_grid, save_json, save_run, start_device, to_float,
-                    to_uint8)
+                    noise_for, parse_config, progress, run_main, save_grid, save_json, save_run, save_samples,
+                    start_device, to_float, to_uint8)
 
 SCRIPT = "multistage"
 BETA_D, BETA_MIN = 19.9, 0.1   # VP schedule (Sec. 5; Song et al.)
@@ -633,8 +633,7 @@ def main():
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
-            save_grid(Path(config["out"]) / "samples.png", images)
-            print(f"{len(images)} images, {time.time() - begun:.1f} s: {Path(config['out']) / 'samples.png'}")
+            save_samples(config, images, seeds, time.time() - begun)
 
 
 if __name__ == "__main__":

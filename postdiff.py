@@ -28,10 +28,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (HERE, LossModule, add_noise, autocast, begin_run, caption_score, count_macs, extract, gather,
-                    linear_alpha_bar, load_checkpoint, load_extractor, load_images, load_plan, load_weights, locked,
-                    noise_for, parse_config, progress, run_main, save_grid, save_json, save_run, scale_and_sigma,
-                    start_device, to_float, to_uint8)
+from common import (HERE, LossModule, add_noise, autocast, begin_run, caption_score, captions_of, count_macs, extract,
+                    gather, linear_alpha_bar, load_checkpoint, load_extractor, load_images, load_plan, load_weights,
+                    locked, noise_for, parse_config, progress, run_main, save_grid, save_json, save_run, save_samples,
+                    scale_and_sigma, start_device, to_float, to_uint8)
 
 SCRIPT = "postdiff"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
@@ -63,7 +63,7 @@ CONFIG = {
         "patch":      (1, (1, 8), "pixels per side that are folded into channels"),
     },
     "training": {
-        "data":       ("emoji", None, "emoji, fashion10k, fashion, cifar10 or a folder of images"),
+        "data":       ("emoji", None, "emoji, twemoji, noto, fashion10k, fashion, cifar10 or a folder"),
         "init":       ("", None, "checkpoint whose averaged weights are trained further"),
         "batch":      (128, (1, 10 ** 6), "images per step, all processes together"),
         "lr":         (1e-3, (1e-9, 1), "Adam's learning rate"),
@@ -326,13 +326,6 @@ def encode(captions, words):
     return torch.tensor(rows), list(dict.fromkeys(left_out))
 
 
-def captions_of(config, seeds):
-    """What each seed is to show: the prompts in turn, else the data's captions, in strides."""
-    captions = [prompt for prompt in config["prompt"] if prompt]
-    stride, captions = (1, captions) if captions else (1009, config["captions"])
-    return [captions[stride * i % len(captions)] for i in seeds]
-
-
 def load_data(config):
     """Images uint8 (N, C, R, R), reduced to --res, and captions' numbers (N,) of --data; notes shape, captions and
     words (those of --init, if given) in config."""
@@ -540,8 +533,6 @@ def describe(plan):
 
 def make_plan(net, config, device):
     """The plan of the options; --steps 0: one that was searched with them and this network, else it is searched now."""
-    shown = range(config["seed"], config["seed"] + min(config["n"], 64))
-    print("captions:", "; ".join(captions_of(config, shown)))
     if config["steps"]:
         return plan_of(config)
     for folder in (Path(config["out"]), Path(config["checkpoint"]).parent):
@@ -639,8 +630,7 @@ def main():
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
-            save_grid(Path(config["out"]) / "samples.png", images)
-            print(f"{len(images)} images, {time.time() - begun:.1f} s: {Path(config['out']) / 'samples.png'}")
+            save_samples(config, images, seeds, time.time() - begun)
 
 
 if __name__ == "__main__":

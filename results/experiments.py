@@ -1,42 +1,129 @@
 """What the files results/SCRIPT/experiments.py share: each of their functions makes one table or figure.
 
     python results/c2f_trd/experiments.py                      # what there is
-    python results/c2f_trd/experiments.py headline steps       # these; lines are appended to results/c2f_trd/results.jsonl
+    python results/c2f_trd/experiments.py headline steps       # these: lines of results/c2f_trd/results.jsonl
+    python results/report.py                                   # then the tables and figures
+
+A line has an experiment (the function) and an arm; beside what evaluate.py measures it may have `cells`, further
+columns of its table. Networks are the shipped ones, or trained under runs/ when a function asks for them.
 """
+import os
+import shlex
 import sys
+import tempfile
+import time
 from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "results")) if p not in sys.path]
 from evaluate import append_row, load_all, load_script, measure  # noqa: E402
-from common import run_main  # noqa: E402
+from common import count_macs, parse_config, run_main, save_grid, sha256_of  # noqa: E402
+
+BUDGET = 1.2e14                # forward MACs that train a shipped network
+ABLATION = BUDGET / 5          # of the arms of the other tables
+COUNTED = 16, 32               # steps and images of them from which the MACs of a training are known
 
 
-def record(script, experiment, argv="", arm="", seeds=3, n=2000, change=None, **fields):
-    """Measures a command line of a script (or variant) for some seeds and appends the lines to the tracked results of
-    the script. change(plan): another plan than the command line's. Returns the lines."""
-    module = load_script(script)
-    net, config, plan, device = load_all(module, argv.split())
+def opened(script, argv):
+    """Module, network, configuration, plan and device of a command line. script: a name, or a changed copy of its
+    module. Plans that it has to search go to a folder of that very network."""
+    module, words = load_script(script) if isinstance(script, str) else script, shlex.split(argv)
+    if "--out" not in words:
+        words += ["--out", f"runs/plans/{sha256_of(words[words.index('--checkpoint') + 1])[:12]}"]
+    return module, *load_all(module, words)
+
+
+def record(script, experiment, argv, arm="", seeds=3, n=2000, change=None, cells=None, **fields):
+    """Measures a command line of a script, a variant or a changed copy for some seeds, and appends the lines to the
+    tracked results of the script. change(plan): another plan than the command line's. cells: further columns of the
+    table, or a function of (net, config, plan, device) that gives them. Returns the lines."""
+    module, net, config, plan, device = opened(script, argv)
     plan, rows = change(plan) if change else plan, []
+    cells = cells(net, config, plan, device) if callable(cells) else cells or {}
     for seed in range(seeds):
-        row = measure(module, net, config, plan, n, seed, experiment=experiment, arm=arm, **fields)
-        print(f"{experiment} {arm or argv}, seed {seed}: FD[{row['extractor']}]@{n} {row['fd']:.3f}, "
+        row = measure(module, net, config, plan, n, seed, experiment=experiment, arm=arm or argv, cells=cells, **fields)
+        print(f"{experiment}, {arm or argv}, seed {seed}: FD[{row['extractor']}]@{n} {row['fd']:.3f}, "
               f"{row['macs_per_image'] / 1e6:,.0f} MMACs an image", flush=True)
-        append_row(folder_of(script) / "results.jsonl", row)
+        append_row(folder_of(module.SCRIPT) / "results.jsonl", row)
         rows.append(row)
     return rows
 
 
+def note(script, experiment, arm, cells, **fields):
+    """Appends a line of what is no FD: cells {column: value}, and what only a figure needs."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    row = dict(experiment=experiment, arm=arm, cells=cells, **fields, device=device, torch=torch.__version__,
+               source_sha256=sha256_of(load_script(script).__file__))
+    print(f"{experiment}, {arm}: {cells}", flush=True)
+    append_row(folder_of(script) / "results.jsonl", row)
+    return row
+
+
+def grid(script, name, lines, n=16):
+    """results/SCRIPT/NAME.png: a row of n images, of the same seeds, of each command line of the script."""
+    rows = []
+    for argv in lines:
+        module, net, config, plan, device = opened(script, argv)
+        rows.append(module.sample(net, config, plan, range(n), device))
+    save_grid(folder_of(script) / f"{name}.png", torch.cat(rows), columns=n)
+
+
 def folder_of(script):
     """results/SCRIPT of a script or of a variant of it."""
-    return next(f for f in sorted((ROOT / "results").iterdir(), reverse=True) if f.is_dir() and script.startswith(f.name))
+    folders = sorted((f for f in (ROOT / "results").iterdir() if f.is_dir()), reverse=True)
+    return next(f for f in folders if script.startswith(f.name))
 
 
-def trained(script, name, argv):
-    """The checkpoint of the run runs/NAME, which is trained now, or further, if it is not finished."""
-    module, out, old = load_script(script), ROOT / "runs" / name, sys.argv
-    resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
-    sys.argv = [script, "--train", "--out", str(out), *(resume or argv.split())]
+def timed(*calls, rounds=5):
+    """Median seconds of each call; they take turns, the first round warms up."""
+    def seconds(call):
+        begun = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+    return [median(column[1:]) for column in zip(*([seconds(call) for call in calls] for _ in range(rounds + 1)))]
+
+
+def parameters(net):
+    """Their number."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def training_macs(module, config):
+    """Forward MACs of the training of a configuration, an image: of batches that it would draw, on the CPU."""
+    steps, batch = COUNTED
+    config = dict(config, batch=batch)
+    x, y = module.load_data(config)
+    net, state = module.build_net(config), torch.get_rng_state()
+    torch.manual_seed(0)
+    with sdpa_kernel(SDPBackend.MATH):                         # the fused attention of a CPU counts as nothing
+        macs = sum(count_macs(module.training_loss, net, config, *module.draw_batch(config, x, y, step))
+                   for step in range(steps))
+    torch.set_rng_state(state)
+    return macs / (steps * batch)
+
+
+def iters_for(module, argv, macs):
+    """Steps of a training, with these options, that takes `macs` forward MACs."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = parse_config(module.SCRIPT, module.CONFIG, module.__doc__, ["--train", *shlex.split(argv)])
+        config, _ = module.begin_run(module.SCRIPT, dict(config, out=f"{folder}/new"), module.CONFIG,
+                                     torch.device("cpu"), 1)
+        return max(1, round(macs / (training_macs(module, config) * config["batch"])))
+
+
+def trained(script, name, argv, macs=None):
+    """The checkpoint of the run runs/NAME, which is trained now, or further, if it is not finished. macs: its forward
+    MACs, in place of --iters."""
+    module, out, old = load_script(script), Path("runs") / name, sys.argv
+    words = ["--resume"] if (out / "checkpoint.pt").exists() else shlex.split(argv)
+    words += ["--iters", str(iters_for(module, argv, macs))] if macs and words != ["--resume"] else []
+    sys.argv = [script, "--train", "--out", str(out), *words]
     try:
         module.main()
     except ValueError as error:
@@ -57,6 +144,7 @@ def main(functions, argv=None):
             print(f"{name:14} {function.__doc__.splitlines()[0]}")
         if unknown:
             raise ValueError(f"no experiment '{unknown[0]}': choose from the list")
+    os.chdir(ROOT)
     for name in names:
         functions[name]()
 

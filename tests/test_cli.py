@@ -24,15 +24,15 @@ import torch
 from PIL import Image
 
 import common
-from in_process import SCRIPTS, TINY, start_script
+from in_process import SCRIPTS, TINY, first_images, start_script
 
 ROOT = Path(common.__file__).resolve().parent
 each_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def data_is_read_once():
-    with mock.patch.object(common, "load_images", functools.cache(common.load_images)):
+def few_images_read_once():
+    with mock.patch.object(common, "load_images", first_images):
         yield
 
 
@@ -181,12 +181,10 @@ def test_search(name, run, tmp_path):
 
 
 @each_script
-def test_the_seed_decides_the_run(name, tmp_path):
-    for i, seed in enumerate((0, 0, 1)):
-        torch.rand(7 + i)
-        good(name, *train_options(name, "--iters", 1, "--seed", seed, "--out", tmp_path / str(i)))
-    nets = [load(tmp_path / str(i) / "checkpoint.pt")["net"] for i in range(3)]
-    assert equal(nets[0], nets[1]) and not equal(nets[0], nets[2])
+def test_another_seed_is_another_run(name, run, tmp_path):
+    good(name, *train_options(name, "--seed", 1, "--out", tmp_path))
+    a, b = load(tmp_path / "checkpoint.pt"), load(run.checkpoint)
+    assert not equal(a["net"], b["net"]) and a["config"]["seed"] == 1
 
 
 @each_script
@@ -223,11 +221,11 @@ def test_the_paper_from_a_base_model(tmp_path):
 # ---------------------------------------------------------------------------------------------
 # Kill and resume
 # ---------------------------------------------------------------------------------------------
+# Each script is killed while it writes its second checkpoint. One process imports torch, a fork of it runs the script.
 KILLED_WHILE_WRITING = """
-import io, os, runpy, signal, sys, torch
-save, calls = torch.save, []
+import io, os, runpy, signal, sys, torch, common, in_process
+common.load_images, save = in_process.first_images, torch.save
 def killed(value, path):
-    calls.append(path)
     if "optimizer" in value and value["step"] == 12:
         whole = io.BytesIO()
         save(value, whole)
@@ -237,23 +235,39 @@ def killed(value, path):
             os.kill(os.getpid(), signal.SIGKILL)
     save(value, path)
 torch.save = killed
-del sys.argv[0]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
+torch.optim.Adam([torch.zeros(1, requires_grad=True)])         # what it imports, once for all forks
+for script, *argv in JOBS:
+    if not os.fork():
+        sys.argv = [script, *argv]
+        runpy.run_path(script, run_name="__main__")
+        os._exit(0)
+    print(os.WTERMSIG(os.wait()[1]), flush=True)
 """
 
 
+def driver(code, jobs):
+    """The code of a process for several scripts, with JOBS: [script, argument, ...] of each."""
+    jobs = [[str(ROOT / f"{name}.py"), *map(str, argv)] for name, argv in jobs]
+    return f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nJOBS = {jobs}\n{code}"
+
+
+@functools.cache
+def killed(folder):
+    jobs = [(name, train_options(name, "--out", folder / "killed" / name)) for name in SCRIPTS]
+    out, err = spawn("-c", driver(KILLED_WHILE_WRITING, jobs)).communicate(timeout=300)
+    assert out.split() == [str(int(signal.SIGKILL))] * len(jobs), out + err
+    return folder / "killed"
+
+
 @each_script
-def test_kill_and_resume(name, run, tmp_path):
+def test_kill_and_resume(name, run, tmp_path_factory):
     """kill -9 while a checkpoint is being written: the one before is whole, and the resumed run ends where the
     uninterrupted one does, bit for bit."""
-    process = spawn("-c", KILLED_WHILE_WRITING, ROOT / f"{name}.py", *train_options(name, "--out", tmp_path))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, err
-    assert load(tmp_path / "checkpoint.pt")["step"] == 6
-    good(name, "--train", "--resume", "--out", tmp_path)
-    assert [line["step"] for line in lines_of(tmp_path / "log.jsonl")] == [6, 12]
-    assert not different(name, tmp_path / "checkpoint.pt", run.checkpoint)
+    out = killed(tmp_path_factory.getbasetemp()) / name
+    assert load(out / "checkpoint.pt")["step"] == 6
+    good(name, "--train", "--resume", "--out", out)
+    assert [line["step"] for line in lines_of(out / "log.jsonl")] == [6, 12]
+    assert not different(name, out / "checkpoint.pt", run.checkpoint)
 
 
 @each_script
@@ -295,7 +309,6 @@ def test_a_learning_rate_that_explodes(name, tmp_path):
         good(name, "--train", "--resume", "--lr", 1e-3, "--out", tmp_path)
     saved = load(tmp_path / "checkpoint.pt")
     assert saved["step"] == 12 and saved["config"]["lr"] == 1e-3 and finite(tmp_path / "checkpoint.pt")
-    good(name, *sample_options(name, "--n", 1, "--out", tmp_path))
 
 
 @each_script
@@ -334,22 +347,47 @@ def test_ctrl_c_of_a_process_in_an_empty_folder(tmp_path):
 # ---------------------------------------------------------------------------------------------
 # Two processes
 # ---------------------------------------------------------------------------------------------
-@each_script
-def test_two_processes(name, run, tmp_path):
-    """As with one process, up to rounding: weights, images and their order; rank 1 writes nothing."""
-    process = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", ROOT / f"{name}.py",
-                    *train_options(name), *sample_options(name), "--device", "cpu", "--out", tmp_path)
-    out, err = process.communicate(timeout=300)
+TWO_PROCESSES = """
+import runpy, sys, torch.distributed as dist, common, in_process
+common.load_images, stdout, end = in_process.first_images, sys.stdout, dist.destroy_process_group
+dist.destroy_process_group = lambda: None                          # one group for all scripts
+for script, *argv in JOBS:
+    sys.argv, sys.stdout = [script, *argv], stdout
+    runpy.run_path(script, run_name="__main__")
+end()
+"""
+
+
+@functools.cache
+def two_processes(folder):
+    """All scripts, in turn, in the same two processes of torchrun."""
+    (folder / "two").mkdir(exist_ok=True)
+    jobs = [(name, [*train_options(name), *sample_options(name), "--device", "cpu", "--out", folder / "two" / name])
+            for name in SCRIPTS]
+    (folder / "two" / "driver.py").write_text(driver(TWO_PROCESSES, jobs))
+    process = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", folder / "two" / "driver.py")
+    try:
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.terminate()                                                    # torchrun ends its workers
     assert process.returncode == 0, out + err
-    assert out.count("plan: ") == 1 and len(lines_of(tmp_path / "log.jsonl")) == 2
-    one, two = load(run.checkpoint), load(tmp_path / "checkpoint.pt")
-    assert two["step"] == 12 and sorted(os.listdir(tmp_path)) == sorted(os.listdir(run.out))
+    assert out.count("plan: ") == len(jobs), out                               # rank 1 is silent
+    return folder / "two"
+
+
+@each_script
+def test_two_processes(name, run, tmp_path, tmp_path_factory):
+    """As with one process, up to rounding: weights, images and their order; rank 1 writes nothing."""
+    out = two_processes(tmp_path_factory.getbasetemp()) / name
+    assert len(lines_of(out / "log.jsonl")) == 2
+    one, two = load(run.checkpoint), load(out / "checkpoint.pt")
+    assert two["step"] == 12 and sorted(os.listdir(out)) == sorted(os.listdir(run.out))
     for part in ("net", "ema"):
         assert two[part].keys() == one[part].keys()
         for k in one[part]:
             assert torch.allclose(two[part][k], one[part][k], atol=3e-4), (part, k)
-    good(name, *sample_options(name, "--checkpoint", tmp_path / "checkpoint.pt", "--out", tmp_path / "one"))
-    for a, b in zip(tiles(tmp_path / "one" / "samples.png", 6), tiles(tmp_path / "samples.png", 6)):
+    good(name, *sample_options(name, "--checkpoint", out / "checkpoint.pt", "--out", tmp_path))
+    for a, b in zip(tiles(tmp_path / "samples.png", 6), tiles(out / "samples.png", 6)):
         assert abs(a - b).max() <= 1
 
 
@@ -402,7 +440,8 @@ def test_wrong_use(name, tmp_path, argv, words):
 
 @each_script
 def test_checkpoints_of_no_use(name, run, tmp_path):
-    path, content, saved = tmp_path / "a.pt", run.checkpoint.read_bytes(), load(run.checkpoint)
+    weights = run.out / "weights.pt"
+    path, content, saved = tmp_path / "a.pt", weights.read_bytes(), load(weights)
     other = next(k for k in SCRIPTS if k != name) if len(SCRIPTS) > 1 else "other"
     nan = {k: v * float("nan") for k, v in saved["ema"].items()}
     part = dict(list(saved["ema"].items())[:-1])

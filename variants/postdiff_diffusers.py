@@ -1,5 +1,5 @@
 """PostDiff (arXiv 2508.06160) on pipelines of diffusers: cheaper denoising steps, no training. How to use it, also as a
-command, and D1, D2, ... (what differs from the paper): results/diffusers/README.md.
+command, and D1, D2, ...: results/diffusers/README.md.
 
     with postdiff(pipe):  # or handle = apply_postdiff(pipe) ... handle.remove()
         image = pipe("a fox", num_inference_steps=20).images[0]
@@ -45,7 +45,7 @@ def token_grid(n, h, w):
 
 
 def deep_modules(unet, depth):
-    """What DeepCache's branch `depth` skips in a UNet2DConditionModel, in the order in which it runs (D5)."""
+    """What DeepCache's branch `depth` skips in a UNet2DConditionModel, in order (D5)."""
     i, layer = divmod(depth, len(unet.up_blocks[-1].resnets))
     down, up = unet.down_blocks[i], unet.up_blocks[-1 - i]
 
@@ -57,14 +57,14 @@ def deep_modules(unet, depth):
 
 
 class DeepCache:
-    """A deep module: on a shallow pass the last one gives what it gave last, the others zeros of the right shapes."""
+    """A deep module: on a shallow pass the last one gives what it gave last, the others zeros of the same shape."""
 
     def __init__(self, run, is_last):
         self.run, self.keep = run, torch.clone if is_last else lambda o: o.new_zeros(()).expand(o.shape)
 
     def __call__(self, forward, *args, **kwargs):
         if self.run.shallow:
-            return tree_map(torch.clone, self.out)  # a copy: FreeU writes into what it gets
+            return tree_map(torch.clone, self.out)  # FreeU writes into what it gets
         out = forward(*args, **kwargs)
         self.out = tree_map(self.keep, out)
         return out
@@ -117,13 +117,13 @@ def replaced(owner, name, value):
 
 
 def denoiser_of(pipe):
-    """The network as the pipeline calls it, and the one inside of torch.compile's."""
+    """The network as it is called, and the one inside of torch.compile's."""
     denoiser = pipe.transformer if SETTINGS[type(pipe).__name__][4] is None else pipe.unet
     return denoiser, getattr(denoiser, "_orig_mod", denoiser)
 
 
 def check_scheduler(pipe, s, mu):
-    """ValueError with the line that mends it, if s > 0 and the scheduler does not give x0_hat in every step."""
+    """ValueError with the line that mends it, if s > 0 and the scheduler gives no x0_hat in every step."""
     name, config, kind = type(pipe.scheduler).__name__, pipe.scheduler.config, type(pipe).__name__
     fits = name.removesuffix("Scheduler") in SCHEDULERS.split() and (
         "++" in config.algorithm_type if "DPM" in name else "UniPC" not in name or config.predict_x0)
@@ -145,7 +145,7 @@ class PostDiff:
         return "\n".join("\t".join(map(str, row)) for row in [Pass._fields, *self.log])
 
     def remove(self, *error):
-        """The pipeline is what it was (but for idle hooks). Again: nothing."""
+        """The pipeline is what it was, but for idle hooks."""
         if getattr(self.pipe, "postdiff", None) is self:
             self.pipe.__class__ = type(self.pipe).__base__
 
@@ -156,7 +156,7 @@ class PostDiff:
 
 
 class Run:
-    """A call of the pipeline: its counters and caches, none of which outlives it."""
+    """One call of the pipeline: its counters and caches."""
 
     def __init__(self, pipe, plan, w, guidance_scale, mu=None, **more):
         vars(self).update(plan)
@@ -175,7 +175,7 @@ class Run:
             (hook_of(m), "cache", cache) for m, cache in zip(deep + cross, self.deep + self.cross))]
 
     def prepare(self, factor, batch, channels, height, width, dtype, device, generator, latents=None):
-        """The arguments of the pipeline's prepare_latents, of the low size if there is one (Sec. 2.4)."""
+        """The arguments of prepare_latents, of the low size if there is one (Sec. 2.4)."""
         self.batch, self.generator, size = batch, generator, (height, width)
         if self.s == 0:
             return batch, channels, height, width, dtype, device, generator, latents
@@ -188,7 +188,7 @@ class Run:
         return batch, channels, int(beta * height), int(beta * width), dtype, device, generator
 
     def denoise(self, *args, **kwargs):
-        """The network's call (Sec. 2.5), whatever its arguments are: full or shallow, of B images or of B pairs."""
+        """The network's call, whatever its arguments (Sec. 2.5): full or shallow, of B images or B pairs."""
         x = args[0] if args else kwargs["hidden_states"]  # (B or 2B, C, h, w)
         n, pairs = len(x), len(x) == 2 * self.batch
         if self.n_guided is None:  # the first pass: shares of the steps become numbers of steps (D1)
@@ -218,8 +218,8 @@ class Run:
         return tree_map(lambda o: torch.cat([o, o]), out) if late and pairs else out  # u + w (c - u) = c
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        """The scheduler's step; the last low one goes from (B, C, beta H, beta W) to (B, C, H, W): Eq. 4, then Eq. 5 at
-        the next step (D2), in the type of the scheduler's result."""
+        """The scheduler's step; the last low one goes from (B, C, beta H, beta W) to (B, C, H, W): Eq. 4, then Eq. 5
+        at the next step (D2), in the scheduler's type."""
         self.i, scheduler, device = self.i + 1, self.scheduler, model_output.device
         if self.i != self.n_low:
             return self.real_step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
@@ -228,7 +228,7 @@ class Run:
             kwargs["generator"] = torch.Generator(device)
         out = self.real_step(model_output, timestep, sample, **kwargs)
         x0_hat, is_flow = out[-1], hasattr(scheduler, "scale_noise")
-        if is_flow:  # gives no x0_hat
+        if is_flow:
             x0_hat = sample.float() - scheduler.sigmas[self.i - 1].to(device) * model_output
         elif hasattr(scheduler, "model_outputs"):  # multistep: begins anew (D3)
             x0_hat, n = scheduler.model_outputs[-1], len(scheduler.model_outputs)
@@ -243,7 +243,7 @@ class Run:
 
 
 def apply_postdiff(pipe, s=None, m=None, k=None, beta=None, depth=None, choice=None, w=None, log=None):
-    """PostDiff on `pipe` from now on, until .remove() of what this gives. None: the paper's setting for its class.
+    """PostDiff on `pipe` until .remove() of what this gives. None: the paper's setting for this class of pipeline.
 
     s, m: shares of the steps, low and guided; beta: low / full side; k, depth: DeepCache's interval and branch; choice
     of what is frozen of [null, text]: cond, uncond, ave, cfg (w: its weight, or the call's), none; log: gets the table
@@ -273,7 +273,7 @@ def apply_postdiff(pipe, s=None, m=None, k=None, beta=None, depth=None, choice=N
             run = Run(self, plan, w, **given.arguments)
             handle.log = run.log
             with contextlib.ExitStack() as stack:
-                stack.callback(vars(run).clear)  # not when garbage is collected
+                stack.callback(vars(run).clear)  # its tensors, now
                 for change in [(handle, "run", run), *run.changes]:
                     stack.enter_context(replaced(*change))
                 result = super().__call__(*args, **kwargs)
@@ -289,7 +289,7 @@ def apply_postdiff(pipe, s=None, m=None, k=None, beta=None, depth=None, choice=N
     return handle
 
 
-postdiff = apply_postdiff  # with postdiff(pipe): pipe(prompt)
+postdiff = apply_postdiff
 
 
 def main():
@@ -310,7 +310,7 @@ def main():
     steps, more = (8, dict(guidance_scale=7.5)) if type(pipe).__name__.startswith("Latent") else (20, {})
 
     def image(prompt, seed):
-        with FlopCounterMode(display=False) as counter:  # as the paper: of convolutions and linear layers
+        with FlopCounterMode(display=False) as counter:  # as in the paper: convolutions, linear layers
             made = pipe(prompt, num_inference_steps=args.steps or steps, **more,
                         generator=torch.Generator().manual_seed(seed)).images[0]
         flops = counter.get_flop_counts()[type(denoiser_of(pipe)[1]).__name__]

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import (Extractor, class_logits, extract, feature_stats, frechet_distance,  # noqa: E402
-                    load_images, progress, save_json, write_atomically)
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "results")]
+from common import (Extractor, extract, feature_stats, frechet_distance, load_images, progress,  # noqa: E402
+                    save_json, write_atomically)
+from inception import class_logits  # noqa: E402
 
 
 def shift(x, pad, g):

@@ -1,0 +1,201 @@
+"""The tables and figures of results/c2f_trd: Fig. 5 to 7, Tables I and II of the paper, and what lies beside them.
+
+    python results/c2f_trd/experiments.py headline starts      # these; then python results/report.py
+"""
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments import ABLATION, grid, note, opened, parameters, record, start, timed, trained  # noqa: E402
+import c2f_trd as c2f  # noqa: E402
+from common import linear_alpha_bar  # noqa: E402
+from inception import class_distances  # noqa: E402
+
+S = "c2f_trd"
+BASE, WEIGHTS = (f"--checkpoint weights/c2f_trd/{name}.pt" for name in ("base", "weights"))
+NAMES = {"base": "uniform", "trd": "TRD", "c2f": "C2F", "c2f+trd": "C2F+TRD"}
+SOLVERS = {"ddim": "DDIM", "dpm2": "2M"}
+STEPS = 5                              # of the headline
+COARSE = "--method c2f --t-star 706"   # where the search for t* would hide what is compared
+FINETUNE = "--data fashion --batch 256 --lr 3e-4 --init weights/c2f_trd/base.pt"
+HELD_OUT = 128                         # samples beside the 16 of the search
+
+
+def command(method, solver, steps, more=""):
+    """The command line of a method on the shipped networks."""
+    return f"{WEIGHTS if 'c2f' in method else BASE} --method {method} --solver {solver} --steps {steps} {more}"
+
+
+def facts(method, solver, steps):
+    """Columns: what is run."""
+    return {"solver": SOLVERS[solver], "steps": f"10 + {steps}" if "c2f" in method else str(steps)}
+
+
+def held_out(net, config, plan, device):
+    """Mean squared error to the reference of the search, on other samples than the search's."""
+    all_steps, coarse = c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS), bool(plan["low_taus"])
+    reference = dict(solver="ddim", low_taus=all_steps if coarse else [],
+                     high_taus=[t for t in all_steps if not coarse or t <= plan["t_star"]])
+    first = c2f.CALIBRATION_SEED + c2f.CALIBRATION
+    x, x_ref = (c2f.generate(net, config, p, range(first, first + HELD_OUT), device) for p in (plan, reference))
+    return float((x - x_ref).square().mean())
+
+
+def headline():
+    """Results at a glance: 100-step DDIM, the best plain sampler at no fewer MACs than the method's, C2F+TRD."""
+    off = record(S, "headline", command("base", "ddim", 100), "off switch", cells=dict(what="DDIM, 100 steps"))[0]
+    method = record(S, "headline", command("c2f+trd", "dpm2", STEPS), "method",
+                    cells=dict(what=f"C2F+TRD, 2M, 10 + {STEPS} steps"))[0]
+    K, tried = math.ceil(100 * method["macs_per_image"] / off["macs_per_image"] - 1e-9), {}
+    for solver, first in itertools.product(SOLVERS, ("inclusive", "exclusive", "best")):
+        argv = command("base", solver, K, f"--start {first}")
+        row, = record(S, "plain", argv, f"{SOLVERS[solver]}, {first}", seeds=1, cells={"steps": str(K)})
+        tried[row["fd"]] = argv, f"{SOLVERS[solver]}, {K} steps, {first}"
+    argv, what = tried[min(tried)]
+    record(S, "headline", argv, "best plain", cells=dict(what=what))
+
+
+def steps():
+    """Fig. 6: fewer steps, lower resolution, better steps, for both solvers, against 100-step DDIM."""
+    record(S, "steps", command("base", "ddim", 100), "uniform, DDIM, 100", cells=facts("base", "ddim", 100))
+    for solver, K, method in itertools.product(SOLVERS, (5, 6, 10, 11, 20, 40), NAMES):
+        if K not in (6, 11) or "c2f" not in method:            # 6, 11: C2F's low steps, spent at full resolution
+            record(S, "steps", command(method, solver, K), f"{NAMES[method]}, {SOLVERS[solver]}, {K}",
+                   cells=facts(method, solver, K))
+
+
+def starts():
+    """Table II, and our remedy: TRD from the paper's steps, from better uniform ones, from the best usual schedule."""
+    def searched(net, config, plan, device):
+        loss = plan.get("loss", [])
+        return {**known, "loss on 16, before": loss[0] if loss else "", "after": loss[-1] if loss else "",
+                f"on {HELD_OUT} others": held_out(net, config, plan, device), "seconds": plan.get("seconds", ""),
+                "evaluations a sample": " + ".join(map(str, plan.get("evaluations", [])))}
+
+    for solver, K, method, first in itertools.product(SOLVERS, (5, 10), NAMES, ("inclusive", "exclusive", "best")):
+        known = facts(method, solver, K)
+        record(S, "starts", command(method, solver, K, f"--start {first}"),
+               f"{NAMES[method]}, {SOLVERS[solver]}, {K}, {'paper' if first == 'inclusive' else first}", cells=searched)
+
+
+def transition():
+    """Fig. 5(a): FD against the step of the transition, and the step that the PCA finds."""
+    for t in (0, *c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS)[5:95:9]):
+        record(S, "transition", command("c2f", "ddim", 20, f"--low-steps 20 --t-star {t}"), f"t* = {t or 'PCA'}",
+               seeds=1, cells=lambda net, config, plan, device: {"t*": plan["t_star"]})
+
+
+def label16():
+    """The network of 16 -> 32 that is told the resolution by a label."""
+    return f"--checkpoint {trained(S, 'c2f_trd-label', f'{FINETUNE} --low 16', ABLATION)}"
+
+
+def ranks():
+    """Fig. 5(b, c): rank of the predicted images along 100 steps, and the error of eps_hat where it is known."""
+    alpha_bar, hundred = linear_alpha_bar(c2f.T), c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS)
+    for arm, argv in (("base, 32x32", f"{BASE} --method base"), ("C2F, 8x8", f"{WEIGHTS} {COARSE}"),
+                      ("C2F, 16x16", f"{label16()} {COARSE}")):
+        _, net, config, _, device = opened(S, argv)
+        plan = dict(low_taus=hundred if config["low"] else [], high_taus=hundred)
+        (eps_model, z), *_ = c2f.stages_of(net, config, plan, range(c2f.PCA_SEED, c2f.PCA_SEED + c2f.PCA), device)[0]
+        t_star, found = c2f.transition_step(eps_model, z, hundred, alpha_bar)
+        with torch.no_grad():                                  # at T - 1 xt is all noise
+            error = eps_model(z, torch.full((len(z),), c2f.T - 1, device=device)) - z
+        error = float(error.square().mean().sqrt())
+        note(S, "ranks", arm, {"lowest at t": t_star, "error of eps_hat at t = 999": error}, ranks=found)
+
+
+def full_resolution(plan):
+    """The network's full resolution alone: 10 steps."""
+    return dict(plan, low_taus=[], high_taus=c2f.uniform_steps(c2f.T - 1, 10))
+
+
+def strategies():
+    """Table I: how one network is told its resolution, or two networks; uniform steps of 2M. What fine-tuning costs."""
+    runs = [("label, 16 -> 32", S, label16())]
+    for name in ("xy", "2T", "2dms"):
+        path = trained("c2f_trd_strategies", f"c2f_trd-{name}", f"{FINETUNE} --low 16 --strategy {name}", ABLATION)
+        runs.append((f"{name}, 16 -> 32", "c2f_trd_strategies", f"--checkpoint {path}"))
+    runs.append(("label, 8 -> 32", S, WEIGHTS))
+    for (name, script, checkpoint), K in itertools.product(runs, (10, 20)):
+        record(script, "strategies", f"{checkpoint} {COARSE} --solver dpm2 --steps {K}", f"{name}, 10 + {K}",
+               cells=facts("c2f", "dpm2", K))
+    for name, script, checkpoint in [*runs, ("base", S, BASE)]:
+        record(script, "strategies", f"{checkpoint} {COARSE if name != 'base' else '--method base'}",
+               f"{name}, full resolution alone", change=full_resolution, cells=facts("base", "dpm2", 10))
+
+
+def classes():
+    """Where it fails: FD class by class, 100-step DDIM and C2F+TRD."""
+    for arm, argv in (("DDIM, 100 steps", command("base", "ddim", 100)),
+                      (f"C2F+TRD, 2M, 10 + {STEPS} steps", command("c2f+trd", "dpm2", STEPS))):
+        pool = []
+        record(S, "all classes", argv, arm, pool=pool)
+        network, reference = pool[0][:2]
+        found = class_distances(network, reference, *(torch.cat(part) for part in list(zip(*pool))[2:]))
+        note(S, "classes", arm, {c["caption"]: f"{'-' if c['fd'] is None else format(c['fd'], '.2f')} ({c['n']})"
+                                 for c in found}, classes=found)
+
+
+def naive_trd(eps_model, noise, taus, x_ref, alpha_bar):
+    """TRD as one would write it first: every candidate is sampled anew, one after the other. The steps found."""
+    def loss(steps):
+        return float((c2f.ddim_sample(eps_model, noise, steps, alpha_bar) - x_ref).square().mean())
+
+    taus, best, changed = list(taus), loss(taus), True
+    while changed:
+        changed = False
+        for i in reversed(range(len(taus))):
+            tried = {loss(s): s for s in ([*taus[:i], t, *taus[i + 1:]] for t in c2f.candidate_steps(taus, i))}
+            if tried and min(tried) < best * (1 - 1e-6):
+                best, taus, changed = min(tried), tried[min(tried)], True
+    return taus
+
+
+def speed():
+    """Seconds side by side: the U-Net and diffusers' UNet2DModel of the same widths; TRD and naive TRD."""
+    from diffusers import UNet2DModel
+    _, net, config, _, device = opened(S, f"{BASE} --method base")
+    widths, last, g = [config["ch"] * m for m in config["mult"]], len(config["mult"]) - 1, torch.manual_seed(0)
+    theirs = UNet2DModel(
+        sample_size=config["res"], in_channels=config["channels"], out_channels=config["channels"],
+        block_out_channels=widths, layers_per_block=1, down_block_types=["DownBlock2D"] * last + ["AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * last, downsample_padding=0, norm_eps=1e-6,
+        norm_num_groups=config["ch"] // 4, attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1).to(device)
+    x = torch.randn(64, config["channels"], config["res"], config["res"], generator=g).to(device)
+    t = torch.arange(64, device=device)
+
+    def train(net, loss):
+        net.requires_grad_(True)
+        return lambda: (net.zero_grad(), loss().square().mean().backward())
+
+    def row(arm, ours, other, **cells):
+        note(S, "speed", arm, {"ours, s": ours, "theirs, s": other, "times": other / ours, **cells})
+
+    mine = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        row("U-Net", *timed(lambda: net(mine, t), lambda: theirs(x, t)), parameters=parameters(net))
+    row("U-Net, training", *timed(train(net, lambda: net(mine, t)), train(theirs, lambda: theirs(x, t).sample)))
+    net.requires_grad_(False)
+    alpha_bar, begin, same = linear_alpha_bar(c2f.T), c2f.uniform_steps(c2f.T - 1, 5), []
+    (stage,), _ = c2f.stages_of(net, config, dict(low_taus=[], high_taus=begin), range(c2f.CALIBRATION), device)
+    x_ref = c2f.ddim_sample(*stage, c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS), alpha_bar)
+    seconds = timed(lambda: same.append(c2f.trd_search([stage], [begin], x_ref, alpha_bar)[0][0]),
+                    lambda: same.append(naive_trd(*stage, begin, x_ref, alpha_bar)), rounds=1)
+    row("TRD, 5 steps of DDIM", *seconds, **{"same steps": "yes" if same[0] == same[1] else "no"})
+
+
+def samples():
+    """Fig. 7: rows.png: DDIM 100; C2F and C2F+TRD with 10 + 5 steps of DDIM, of 2M; plain 2M, its best 6 steps."""
+    fast = [command(method, solver, STEPS) for solver in SOLVERS for method in ("c2f", "c2f+trd")]
+    grid(S, "rows", [command("base", "ddim", 100), *fast, command("base", "dpm2", STEPS + 1, "--start best")])
+
+
+FUNCTIONS = (headline, steps, starts, transition, ranks, strategies, classes, speed, samples)
+
+if __name__ == "__main__":
+    start(FUNCTIONS)

@@ -1,0 +1,196 @@
+"""The tables and figures of results/multistage: Tables 1, 3, 4, 7, Fig. 1(d) of the paper, and what lies beside them.
+
+    python results/multistage/experiments.py headline fig1d    # these; then python results/report.py
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+from experiments import (ABLATION, grid, load_script, note, opened, parameters, record, start, trained,  # noqa: E402
+                         training_macs)
+import multistage as stages  # noqa: E402
+from common import load_images, noise_for, start_device, to_float  # noqa: E402
+
+S = "multistage"
+UNIFIED, WEIGHTS = (f"--checkpoint weights/multistage/{name}.pt" for name in ("unified", "weights"))
+NET = "--data fashion --batch 256"
+PLAIN, EQUAL = "--widths 32", "--widths 32 32 32"              # one decoder; three as wide as the encoder
+EDGES = [0.5169, 0.7062]                                       # of the stages whose losses are compared
+SHARES = (0.2, 0.4, 0.6, 0.8, 1)                               # of the budget: Fig. 1(d)
+
+
+def run(name, options="", script=S, macs=ABLATION):
+    """--checkpoint of a network, trained now if need be; equal MACs for all."""
+    return f"--checkpoint {trained(script, f'multistage-{name}', f'{NET} {options}', macs)}"
+
+
+def facts(net, config, plan, device=None):
+    """Columns: what is run."""
+    return {"widths": ", ".join(map(str, config["widths"])), "edges": ", ".join(f"{t:.3f}" for t in config["edges"]),
+            "evaluations in each stage": " + ".join(map(str, plan["by_stage"])), "parameters": parameters(net)}
+
+
+def headline():
+    """Results at a glance: one decoder, three decoders; the forward MACs that trained them."""
+    for argv, arm, what in ((UNIFIED, "off switch", "one decoder"), (WEIGHTS, "method", "three decoders")):
+        module, _, config, *_ = opened(S, argv)
+        macs = training_macs(module, config) * config["step"] * config["batch"]
+        record(S, "headline", argv, arm, cells=dict(what=what), training_macs=macs)
+
+
+def fig1d():
+    """Fig. 1(d): FD against training MACs; every point is a training of its own, to its end."""
+    for name, arm, script, options in (("unified", "unified", S, PLAIN), ("three", "multistage", S, ""),
+                                       ("separate", "separate", "multistage_separate", EQUAL)):
+        for share in SHARES:
+            key = name if share == 1 else f"{name}-{100 * share:.0f}"
+            record(script, "fig1d", run(key, options, script, share * ABLATION), f"{arm}, {100 * share:.0f} %", seeds=1,
+                   cells={"training MACs": f"{share * ABLATION:.2g}"}, curve=arm, training_macs=share * ABLATION)
+
+
+def table3():
+    """Table 3: separate networks, early stopping (ES), tailored widths (TP), multistage."""
+    for arm, script, name, options in (
+            ("unified", S, "unified", PLAIN), ("separate", "multistage_separate", "separate", EQUAL),
+            ("separate + ES", "multistage_separate", "separate-es", f"{EQUAL} --early-stopping 1"),
+            ("separate + TP", "multistage_separate", "separate-tp", ""),
+            ("separate + ES + TP", "multistage_separate", "separate-es-tp", "--early-stopping 1"),
+            ("multistage", S, "three", "")):
+        record(script, "table3", run(name, options, script), arm, cells=facts)
+
+
+def batches():
+    """Beside Table 3: batches of one stage, as the paper's code has them, or mixed; equal widths."""
+    for arm, name, options in (("unified", "unified", PLAIN), ("one stage a batch", "by-stage", "--batches stage"),
+                               ("mixed batches", "three", ""), ("mixed batches, equal widths", "equal", EQUAL)):
+        record(S, "batches", run(name, options), arm, cells=facts)
+
+
+def images(data="fashion"):
+    """A data set as the clustering takes it."""
+    return to_float(load_images(data)[0]).to(start_device()[0])
+
+
+def edges_of(method, n, x):
+    """Edges of n stages by one of the clusterings."""
+    if method.startswith("optimal"):
+        return stages.cluster_timesteps(method, n, x)[0]
+    other, affinity = load_script("multistage_clusterings"), None
+    if method == "gradient":
+        _, net, config, *_ = opened(S, UNIFIED)
+        net.requires_grad_(True)
+        affinity = other.gradient_affinity(net, lambda *batch: stages.training_loss(net, config, *batch), x)
+    return other.cluster(method, n, x, affinity=affinity)[0]
+
+
+def table4():
+    """Table 4: stages by the optimal denoiser, by time, by signal-to-noise ratio, by gradients."""
+    x = images()
+    record(S, "table4", run("three"), "optimal", cells=facts)
+    for method in ("time", "snr", "gradient"):
+        edges = " ".join(map(str, edges_of(method, 3, x)))
+        record(S, "table4", run(method, f"--edges {edges}"), method, cells=facts)
+
+
+def table7():
+    """Table 7: numbers of stages, edges by Algorithm 2, widths by Eq. 23."""
+    x = images()
+    for n in range(1, 6):
+        options = PLAIN if n == 1 else ""
+        if n in (2, 4, 5):
+            edges = edges_of("optimal2", n, x)
+            widths = load_script("multistage_clusterings").tailored_widths(edges)
+            options = f"--edges {' '.join(map(str, edges))} --widths {' '.join(map(str, widths))}"
+        name = {1: "unified", 3: "three"}.get(n, f"stages-{n}")
+        record(S, "table7", run(name, options), f"{n} stage{'s' * (n > 1)}", cells=facts)
+
+
+def table1():
+    """Table 1: DPM-Solver, EDM, latents (LDM): one decoder and three."""
+    latent = "--autoencoder runs/multistage-autoencoder.pt"
+    for arm, script, name, options in (
+            ("DPM-Solver-3, unified", S, "unified", PLAIN), ("DPM-Solver-3, multistage", S, "three", ""),
+            ("EDM, unified", "multistage_edm", "edm", PLAIN), ("EDM, multistage", "multistage_edm", "edm-three", ""),
+            ("latents, unified", "multistage_latent", "latent", f"{latent} {PLAIN}"),
+            ("latents, multistage", "multistage_latent", "latent-three", latent)):
+        record(script, "table1", run(name, options, script), arm, cells=facts)
+
+
+def clusterings():
+    """Edges of every clustering before any training; images in [-1, 1], and in [0, 1] as the paper's code clusters."""
+    x, found = images(), []
+    chosen = [(method, 3) for method in ("optimal", "time", "snr", "gradient")]
+    for method, n in [*chosen, *(("optimal2", n) for n in range(2, 6))]:
+        found.append((method, n, "[-1, 1]", edges_of(method, n, x)))
+        if method.startswith("optimal"):
+            found.append((method, n, "[0, 1]", edges_of(method, n, (x + 1) / 2)))
+    for method, n, scale, edges in found:
+        note(S, "clusterings", f"{method}, {n} stages, images in {scale}", {
+            "edges t": ", ".join(f"{t:.3f}" for t in edges),
+            "sigma": ", ".join(f"{float(stages.sigma_of(t)):.2f}" for t in edges)})
+
+
+@torch.no_grad()
+def stage_losses():
+    """Where the error is: the loss of networks in each of three stages; same images, noises and levels for all."""
+    n, where = 1000, ("next to the data", "in the middle", "next to the noise")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))      # any level for any image
+    for arm, argv in (("unified, shipped", UNIFIED), ("multistage, shipped", WEIGHTS),
+                      ("unified", run("unified", PLAIN)), ("multistage", run("three")),
+                      ("one stage a batch", run("by-stage", "--batches stage"))):
+        _, net, config, _, device = opened(S, argv)
+        x0, eps, found = images("fashion10k")[:n], noise_for(range(n), (1, config["res"], config["res"])), {}
+        for name, first, last in zip(where, (stages.T_TRAIN, *EDGES), (*EDGES, 1.0)):
+            t = first + (last - first) * (order + 0.5) / n
+            parts = [float(stages.training_loss(net, config, *(v.to(device) for v in part))) * len(part[0])
+                     for part in zip(x0.split(250), t.split(250), eps.split(250))]
+            found[name] = sum(parts) / n
+        note(S, "stage_losses", arm, {"widths": ", ".join(map(str, config["widths"])), **found},
+             images_seen=config["step"] * config["batch"])
+
+
+def loop_denoiser(xt, scale, sigma, data, batch=1024):
+    """eps* of each sample by two passes over the data, as the official code goes: largest exponent, weighted sum."""
+    out = []
+    for x, s, g in zip(xt, scale.tolist(), sigma.tolist()):
+        exponents = [-(x - s * y).square().flatten(1).sum(1).double() / (2 * s * s * g * g) for y in data.split(batch)]
+        largest, total, weighted = max(float(e.max()) for e in exponents), 0.0, 0.0
+        for y in data.split(batch):
+            w = (-(x - s * y).square().flatten(1).sum(1).double() / (2 * s * s * g * g) - largest).exp()
+            total, weighted = total + float(w.sum()), weighted + (w.view(-1, 1, 1, 1) * y).sum(0)
+        out.append(((x - s * weighted / total) / (s * g)).float())
+    return torch.stack(out)
+
+
+def cluster_speed(K=500, N=2000):
+    """The optimal denoiser, batched, against a loop over samples and batches of the data, CPU seconds."""
+    def seconds(call):
+        begun = time.process_time()
+        return call(), time.process_time() - begun
+
+    data, g = F.avg_pool2d(to_float(load_images("emoji")[0][:N]), 2), torch.Generator().manual_seed(0)
+    sigma = stages.sigma_of(1e-3 + (1 - 1e-3) * torch.rand(K, generator=g, dtype=torch.float64))
+    scale, x0 = stages.scale_of(sigma), data[torch.randint(0, len(data), (K,), generator=g)]
+    xt = x0 + sigma.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=g)
+    xt = (scale.view(-1, 1, 1, 1) * xt).float()
+    (fast, ours), (slow, loop) = (seconds(lambda f=f: f(xt, scale, sigma, data)) for f in (
+        stages.optimal_denoiser, loop_denoiser))
+    note(S, "cluster_speed", f"{K} samples, {len(data)} images of 3072 numbers", {
+        "loop, s": loop, "batched, s": ours, "times": loop / ours,
+        "largest difference": float((fast - slow).abs().max())})
+
+
+def samples():
+    """rows.png: 20 evaluations from the same seeds: one decoder, three decoders."""
+    grid(S, "rows", [UNIFIED, WEIGHTS])
+
+
+FUNCTIONS = (headline, fig1d, table1, table3, table4, table7, batches, clusterings, stage_losses, cluster_speed,
+             samples)
+
+if __name__ == "__main__":
+    start(FUNCTIONS)

@@ -1,23 +1,25 @@
 """C2F-TRD: Efficient Coarse-to-Fine Diffusion Models with Time Step Sequence Redistribution (arXiv 2603.21348).
 
 The first steps of a diffusion sampler produce blur: run them at low resolution (C2F). One network does both
-resolutions, told which by a label; t*, the step at which to go from low to high, is where the predicted images have
-their lowest rank. Then choose the few steps worth taking (TRD): move one step after the other, between its
-neighbours, whenever 16 images come closer to those of 100 steps. Minutes, not days.
+resolutions, told which by a label; t*, the step at which to go from low to high, is where the low-resolution images
+that it predicts have their lowest rank. Then choose the few steps worth taking (TRD): move one step after the other,
+between its neighbours, whenever 16 images come closer to those of 100 steps. Minutes, not days.
 
     python c2f_trd.py --sample                               # 64 images from the shipped weights, in seconds
     python c2f_trd.py --sample --method base --solver ddim --steps 100      # off switch: plain DDIM
     python c2f_trd.py --search --sample --steps 8            # the paper's search for 8 high-resolution steps
     python c2f_trd.py --train --out runs/base                # the base model, from scratch
-    python c2f_trd.py --train --init runs/base/checkpoint.pt --low 8 --search --sample     # then the paper
+    python c2f_trd.py --train --init runs/base/checkpoint.pt --low 8 --lr 3e-4 --sample     # then C2F and TRD
     torchrun --nproc_per_node=2 -- c2f_trd.py --train        # two processes, or two GPUs
 
-Symbols: t_T .. t_0 -> taus (descending, all evaluated; the paper's T is our K); T^c, T^f -> low_steps, steps;
-x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 between the stages; C_i, n -> candidate_steps, n; t* -> t_star;
-alpha_bar[-1] = 1 is clean data (t = -1). (D1), (D2), ...: what the paper leaves open, results/c2f_trd/README.md.
+Symbols: t_T .. t_0 -> taus[0] .. taus[-1], falling, all evaluated (the paper's T is our K; its i runs the other way);
+T^c, T^f -> low_steps, steps; x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 between the stages; C_i, n -> candidate_steps, n; t*
+-> t_star; alpha_bar[-1] = 1 is clean data (t = -1). (D1), (D2), ...: what the paper leaves open,
+results/c2f_trd/README.md.
 """
 import copy
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -27,9 +29,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (HERE, LossModule, add_noise, autocast, begin_run, gather, linear_alpha_bar, load_checkpoint,
-                    load_images, load_plan, load_weights, locked, noise_for, parse_config, progress, run_main,
-                    save_grid, save_json, save_run, save_samples, scale_and_sigma, start_device, to_float, to_uint8)
+from common import (HERE, LossModule, add_noise, autocast, begin_run, digest, gather, linear_alpha_bar,
+                    load_checkpoint, load_images, load_plan, load_weights, locked, noise_for, parse_config, progress,
+                    run_main, save_grid, save_json, save_run, save_samples, scale_and_sigma, start_device, to_float,
+                    to_uint8)
 
 SCRIPT = "c2f_trd"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
@@ -80,7 +83,7 @@ CONFIG = {
         "steps":      (5, (1, T), "steps at full resolution, T^f"),
         "low_steps":  (10, (1, T), "steps at low resolution, T^c"),
         "t_star":     (0, (0, T - 1), "first step at full resolution; 0: found by PCA (III-A3)"),
-        "start":      ("inclusive", tuple(POWERS) + ("best",), "steps, before TRD: inclusive (D1), exclusive, best"),
+        "start":      ("inclusive", tuple(POWERS) + ("best",), "uniform steps: inclusive (D1), exclusive, best (D12)"),
     },
 }
 
@@ -134,15 +137,15 @@ def up(c):
     return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
 
 
-def run_stage(stage, h, emb):
-    """The layers of a stage in turn."""
-    for layer in stage:
+def run_layers(layers, h, emb):
+    """The layers in turn."""
+    for layer in layers:
         h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
     return h
 
 
 class Encoder(nn.Module):
-    """Input, way down and bottom: xt (B, C, H, W) -> h, skips: one of each stage, of the widths `skips`."""
+    """Input, way down and bottom: xt (B, C, H, W) -> h, and what each step down gave, of `widths` channels."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch):
         super().__init__()
@@ -163,13 +166,13 @@ class Encoder(nn.Module):
 
     def forward(self, xt, emb):
         skips = [self.conv_in(F.pixel_unshuffle(xt, self.patch))]
-        for stage in self.down:
-            skips.append(run_stage(stage, skips[-1], emb))
-        return run_stage(self.mid, skips[-1], emb), skips
+        for layers in self.down:
+            skips.append(run_layers(layers, skips[-1], emb))
+        return run_layers(self.mid, skips[-1], emb), skips
 
 
 class Decoder(nn.Module):
-    """Way up and output: h, skips -> (B, C, H, W); every stage takes one skip, the last one first."""
+    """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
     def __init__(self, channels, skips, ch, mult, blocks, attention, patch):
         super().__init__()
@@ -185,8 +188,8 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = nn.GroupNorm(groups, c, eps=1e-6), nn.Conv2d(c, channels * patch ** 2, 3, 1, 1)
 
     def forward(self, h, skips, emb):
-        for stage, skip in zip(self.up, reversed(skips)):
-            h = run_stage(stage, torch.cat([h, skip], dim=1), emb)
+        for layers, skip in zip(self.up, reversed(skips)):
+            h = run_layers(layers, torch.cat([h, skip], dim=1), emb)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
@@ -216,7 +219,7 @@ class UNet(nn.Module):
 def build_net(config):
     """The network of a configuration, on the CPU."""
     net = UNet(config["channels"], *(config[k] for k in ("ch", "mult", "blocks", "attention", "patch")),
-               labels=2 if config["low"] else 0)               # METHOD: high and low
+               labels=2 if config["low"] else 0)               # METHOD: 0: low, 1: high resolution
     return net.to(memory_format=torch.channels_last)
 
 
@@ -224,20 +227,20 @@ def build_net(config):
 # Method: from one resolution to the other (Sec. III-A1), candidates of a step (Sec. III-B)
 # ---------------------------------------------------------------------------------------------
 def renoise(x0, eps, t, alpha_bar):
-    """III-A1: x0 of the low resolution (B, C, r, r) -> xt of the full one (B, C, R, R): bilinear up-sampling (D6),
-    then noised to step t (int or (B,)) with the given eps."""
-    up = F.interpolate(x0, size=eps.shape[-2:], mode="bilinear", align_corners=False)
-    return add_noise(up, eps, torch.as_tensor(t).expand(len(eps)), alpha_bar)
+    """METHOD: III-A1: x0 of the low resolution (B, C, r, r) -> xt of the full one (B, C, R, R): up-sampled, bilinear
+    (D6), then noised to step t (int or (B,)) with the given eps."""
+    x0 = F.interpolate(x0, size=eps.shape[-2:], mode="bilinear", align_corners=False)
+    return add_noise(x0, eps, torch.as_tensor(t).expand(len(eps)), alpha_bar)
 
 
 def candidate_steps(taus, i, n=CANDIDATES):
-    """Eq. 3: n steps that divide the gap between the neighbours of taus[i], rounded half up, without the neighbours
+    """METHOD: Eq. 3: n steps that divide the gap between the neighbours of taus[i], rounded half up, without neighbours
     and taus[i] itself (keeping it needs no evaluation). The first and the last step have one neighbour: the gap
     between it and them is divided, so they can only move inwards (D2)."""
     above, below = taus[max(i - 1, 0)], taus[min(i + 1, len(taus) - 1)]
     if len(taus) == 1:
         above, below = T, -1
-    steps = {(2 * (below * (n + 1) + j * (above - below)) + n + 1) // (2 * n + 2) for j in range(1, n + 1)}
+    steps = {math.floor(below + j * (above - below) / (n + 1) + 0.5) for j in range(1, n + 1)}
     return sorted(steps - {above, below, taus[i]})
 
 
@@ -252,6 +255,8 @@ def load_data(config):
     if R % low or low % multiple or low == R and config["low"]:
         raise ValueError(f"the resolution {R} and --low {low} must be multiples of {multiple} (--mult, --patch), the "
                          "one of the other")
+    if config["search"] or config["sample"]:                   # after this training
+        check_method(config)
     return x, y
 
 
@@ -296,7 +301,7 @@ def solver_step(xt, history, t_next, alpha_bar, order):
     extrapolated, by half of the step in lambda = log(alpha / sigma), from its last two values (D7)."""
     t, x0_hat = history[0]
     a, a_next = (alpha_bar[s].view(-1, 1, 1, 1) for s in (t, t_next))          # float64, on the CPU
-    c = ((1 - a_next) / (1 - a)).sqrt()
+    c = ((1 - a_next) / (1 - a)).sqrt()                                        # sigma_next / sigma
     if order == 2:
         t_past, x0_past = history[1]
         lam_past, lam, lam_next = (alpha_bar[s].view(-1, 1, 1, 1).logit() / 2 for s in (t_past, t, t_next))
@@ -347,11 +352,14 @@ def c2f_sample(stages, sequences, alpha_bar, order=1, x0=None):
 
 
 def uniform_steps(first, K, power=None):
-    """K descending steps from `first` down: linspace to 0, both ends (D1), or, given a power p, first (1 - k / K)^p:
-    p = 1 is linspace without the 0, a larger p is denser next to the data."""
-    steps = [int(first * (1 - k / K) ** power + 0.5) if power else int(first * (K - 1 - k) / max(K - 1, 1) + 0.5)
-             for k in range(K)] if K > 1 else [first]
-    if len(set(steps)) < K or min(steps) < 0:
+    """K falling steps from `first` down: linspace to 0, both ends (D1), or, given a power p, first (1 - k / K)^p: p = 1
+    is linspace without the 0, a larger p is denser next to the data. Equal ones are pushed apart."""
+    last = max(K - 1, 1)
+    steps = [first * (K - k) ** power / K ** power if power else first * (last - k) / last for k in range(K)]
+    steps = [int(step + 0.5) for step in steps]
+    for k in reversed(range(K - 1)):
+        steps[k] = max(steps[k], steps[k + 1] + 1)
+    if steps[0] > first:
         raise ValueError(f"{K} different steps do not fit between {first} and 0")
     return steps
 
@@ -377,7 +385,7 @@ def stages_of(net, config, plan, seeds, device):
     z_high, z_low = (z.to(device) for z in noise_for(seeds, high, low))        # METHOD: a noise for each resolution
     stages = [(model_of(net, config, 0), z_low), (model_of(net, config, 1), z_high)]
     sequences = [plan["low_taus"], plan["high_taus"]]
-    return (stages, sequences) if plan["low_taus"] else (stages[1:], sequences[1:])
+    return (stages, sequences) if plan["low_taus"] else (stages[1:], sequences[1:])        # preview: high only
 
 
 def generate(net, config, plan, seeds, device):
@@ -412,15 +420,19 @@ def transition_step(eps_model, noise, taus, alpha_bar, share=VARIANCE):
     cannot exceed n - 1); taus: 100 uniform steps. Returns t* (the first reached of equal ranks, D3) and the list of
     (t, cut index)."""
     ranks = []
-    dpm_solver_pp_sample(eps_model, noise, taus, alpha_bar, order=1, trace=lambda xt, history: ranks.append(
-        (int(history[0][0][0]), cut_index(history[0][1], share))))
+
+    def note(xt, history):
+        t, x0_hat = history[0]
+        ranks.append((int(t[0]), cut_index(x0_hat, share)))
+
+    dpm_solver_pp_sample(eps_model, noise, taus, alpha_bar, order=1, trace=note)
     return min(ranks, key=lambda pair: (pair[1], -pair[0]))[0], ranks
 
 
 @torch.no_grad()
 def trd_search(stages, sequences, x_ref, alpha_bar, order=1, x0=None, n=CANDIDATES, sweeps=SWEEPS):
     """METHOD: III-B, III-C: time step sequence redistribution. Substitutes one step after the other by the candidate
-    whose samples come closest to the reference, until a sweep changes nothing.
+    whose samples come closest to the reference, if they come closer than before, until a sweep changes nothing.
 
     stages, sequences, x0: as in c2f_sample; one stage [(eps_model, noise)] searches a plain sampler. An eps_model is
     called with up to n copies of the batch, one after the other: what it knows of each sample has to be repeated.
@@ -458,7 +470,7 @@ def trd_search(stages, sequences, x_ref, alpha_bar, order=1, x0=None, n=CANDIDAT
             states.append(trace)
         changed, positions = False, [(s, i) for s in reversed(range(S)) for i in reversed(range(len(sequences[s])))]
         for s, i in progress(positions, f"TRD sweep {sweep}", note=lambda: f"loss {best:.3e}"):
-            taus, (eps_model, noise) = sequences[s], stages[s]
+            taus, (eps_model, noise) = sequences[s], stages[s]                 # the list itself, changed below
             candidates = candidate_steps(taus, i, n)
             if not candidates:
                 continue
@@ -472,7 +484,8 @@ def trd_search(stages, sequences, x_ref, alpha_bar, order=1, x0=None, n=CANDIDAT
                 xt = tile(noise, m)
             else:
                 xt = renoise(tile(begins[s], m), tile(noise, m), t, alpha_bar)
-            x = dpm_solver_pp_sample(eps_model, xt, [*taus[:i], t, *taus[i + 1:]], alpha_bar, order, i, None, history)
+            x = dpm_solver_pp_sample(eps_model, xt, [*taus[:i], t, *taus[i + 1:]], alpha_bar, order,
+                                     start=i, history=history)
             later = [(model, tile(z, m)) for model, z in stages[s + 1:]]
             loss = losses(c2f_sample(later, sequences[s + 1:], alpha_bar, order, x0=x))
             j = min(range(m), key=loss.__getitem__)
@@ -490,29 +503,35 @@ def plan_path(config, folder):
     return Path(folder) / f"plan_{'_'.join(str(config[k]) for k in keys)}.json"
 
 
+def check_method(config):
+    """Raises ValueError if the network does not fit --method."""
+    if bool(config["low"]) != ("c2f" in config["method"]):
+        kind = "the base model" if config["low"] else "two resolutions (--train --low 8 --init BASE)"
+        raise ValueError(f"--method {config['method']} needs a network of {kind}: name its --checkpoint")
+
+
 def search(net, config, device):
     """The plan of --method, written into --out and returned: METHOD: transition step (III-A3), uniform sequences
     (III-C), TRD (III-B)."""
-    method, K, order, coarse = config["method"], config["steps"], ORDER[config["solver"]], "c2f" in config["method"]
-    alpha_bar, grid, firsts = linear_alpha_bar(T), uniform_steps(T - 1, REFERENCE_STEPS), [(T - 1, K)]
-    if bool(config["low"]) != coarse:
-        raise ValueError(f"--method {method} needs a checkpoint of " + (
-            "two resolutions: --train --low 8 --init BASE" if coarse else "the base model: --train without --low"))
-    plan, reference = dict(solver=config["solver"], step=config["step"], low_taus=[]), dict(low_taus=[], high_taus=grid)
+    check_method(config)
+    method, K, order, coarse = config["method"], config["steps"], ORDER[config["solver"]], bool(config["low"])
+    alpha_bar, grid, spans = linear_alpha_bar(T), uniform_steps(T - 1, REFERENCE_STEPS), [(T - 1, K)]
+    plan = dict(solver=config["solver"], step=config["step"], network=config.get("digest"))
+    reference = dict(low_taus=[], high_taus=grid)
     if coarse:
         if not (t_star := config["t_star"]):
-            noise = range(PCA_SEED, PCA_SEED + PCA)
-            stages, _ = stages_of(net, config, dict(low_taus=grid, high_taus=grid), noise, device)
+            seeds = range(PCA_SEED, PCA_SEED + PCA)
+            stages, _ = stages_of(net, config, dict(low_taus=grid, high_taus=grid), seeds, device)
             t_star, plan["ranks"] = transition_step(*stages[0], grid, alpha_bar)
-        plan["t_star"], firsts = t_star, [(T - 1, config["low_steps"]), (t_star, K)]
+        plan["t_star"], spans = t_star, [(T - 1, config["low_steps"]), (t_star, K)]
         reference = dict(low_taus=grid, high_taus=[t for t in grid if t <= t_star])      # D10
     seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION)
-    stages, reference = stages_of(net, config, reference, seeds, device)
+    stages, grids = stages_of(net, config, reference, seeds, device)
     if "trd" in method or config["start"] == "best":
-        x_ref = c2f_sample(stages, reference, alpha_bar)
-    powers = BEST_OF if config["start"] == "best" else (POWERS[config["start"]],)
-    starts = [[uniform_steps(first, k, p) for (first, k), p in zip(firsts, ps)]
-              for ps in itertools.product(powers, repeat=len(firsts))]
+        x_ref = c2f_sample(stages, grids, alpha_bar)           # by DDIM, whatever --solver (D10)
+    powers = BEST_OF if config["start"] == "best" else [POWERS[config["start"]]]
+    starts = [[uniform_steps(*span, p) for span, p in zip(spans, ps)]
+              for ps in itertools.product(powers, repeat=len(spans))]
     sequences = starts[0] if len(starts) == 1 else min(
         starts, key=lambda s: float((c2f_sample(stages, s, alpha_bar, order) - x_ref).square().mean()))
     if "trd" in method:
@@ -532,10 +551,11 @@ def describe(plan):
 
 def make_plan(net, config, device):
     """The plan of --method: one that was searched with the same options and network, else it is searched now."""
+    check_method(config)
     for folder in (Path(config["out"]), Path(config["checkpoint"]).parent):
         path = plan_path(config, folder)
         plan = load_plan(path, "solver", "step", "low_taus", "high_taus") if path.is_file() else {}
-        if plan.get("step") == config["step"]:
+        if (plan.get("step"), plan.get("network")) == (config["step"], config.get("digest")):
             return plan
     return search(net, config, device)
 
@@ -554,7 +574,7 @@ def train(config, device, rank, world):
     torch.manual_seed(config["seed"])
     net = build_net(config).to(device)
     if saved:
-        load_weights(net, saved["net" if resume else "ema"], out)
+        load_weights(net, saved["net" if resume else "ema"], out if resume else config["init"], partial=not resume)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=config["lr"])
     if resume:
@@ -604,7 +624,7 @@ def load_net(config, device):
         path = HERE / "weights" / SCRIPT / shipped(config)
     saved = load_checkpoint(path, SCRIPT)
     mine = {k: v for k, v in config.items() if k not in CONFIG["network"] and k not in CONFIG["training"]}
-    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"]}
+    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"], "digest": digest(saved["ema"])}
     config["precision"] = "bf16" if config["precision"] == "bf16" else "fp32"
     net = build_net(config)
     load_weights(net, saved["ema"], path)
@@ -625,6 +645,8 @@ def main():
         print(f"plan: {describe(plan[0])}")
     if config["sample"]:
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
+        if len(seeds) < world:
+            raise ValueError(f"--n {len(seeds)} is below the number of processes, {world}")
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
             save_samples(config, images, seeds, time.time() - begun)

@@ -472,15 +472,24 @@ def load_checkpoint(path, script):
     return saved
 
 
-def load_weights(net, state, path):
-    """Loads a state dict into net; what it lacks stays as the network began (a new embedding). ValueError if it does
-    not fit."""
+def load_weights(net, state, path, partial=False):
+    """Loads a state dict into net. partial: what it lacks stays as the network began (--init: a new embedding). Raises
+    ValueError if it does not fit."""
     try:
-        unexpected = net.load_state_dict(state, strict=False).unexpected_keys
+        missing, unexpected = net.load_state_dict(state, strict=False)
+        unfit = [*unexpected, *([] if partial else missing)]
     except RuntimeError:
-        unexpected = ["their sizes"]
-    if unexpected:
-        raise ValueError(f"{path}: weights that do not fit the network of its configuration ({unexpected[0]})")
+        unfit = ["their sizes"]
+    if unfit:
+        raise ValueError(f"{path}: weights that do not fit the network of its configuration ({unfit[0]})")
+
+
+def digest(state):
+    """A short name of a state dict's tensors, the same in half precision: by it a plan knows its network."""
+    content = hashlib.sha256()
+    for value in state.values():
+        content.update((value.half() if value.is_floating_point() else value).cpu().numpy().tobytes())
+    return content.hexdigest()[:12]
 
 
 def begin_run(script, config, groups, device, world):

@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (HERE, LossModule, autocast, begin_run, extract, feature_stats, frechet_distance, gather,
+from common import (HERE, LossModule, autocast, begin_run, digest, extract, feature_stats, frechet_distance, gather,
                     load_checkpoint, load_extractor, load_images, load_plan, load_weights, locked, noise_for,
                     parse_config, progress, run_main, save_grid, save_json, save_run, save_samples, start_device,
                     to_float, to_uint8)
@@ -139,15 +139,15 @@ def up(c):
     return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
 
 
-def run_stage(stage, h, emb):
-    """The layers of a stage in turn."""
-    for layer in stage:
+def run_layers(layers, h, emb):
+    """The layers in turn."""
+    for layer in layers:
         h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
     return h
 
 
 class Encoder(nn.Module):
-    """Input, way down and bottom: xt (B, C, H, W) -> h, skips: one of each stage, of the widths `skips`."""
+    """Input, way down and bottom: xt (B, C, H, W) -> h, and what each step down gave, of `widths` channels."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch, stages):  # METHOD: resolutions, low to high
         super().__init__()
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
             if (r := stages[-1] >> level) in stages:                           # METHOD: in place of the way down to it
                 c_in = channels * (1 if r == stages[0] else 2)                 # METHOD: image; image and condition
                 self.conv_in[str(r)] = nn.Conv2d(c_in * patch ** 2, c, 3, padding=1)       # METHOD
-                self.first[r] = len(self.down)                                 # METHOD: its first stage of the way down
+                self.first[r] = len(self.down)                                 # METHOD: the first step down after it
             for _ in range(blocks):
                 attend = [Attention(ch * m, groups)] if level in attention else []
                 self.down.append(nn.ModuleList([ResBlock(c, ch * m, c_emb, groups), *attend]))
@@ -173,13 +173,13 @@ class Encoder(nn.Module):
     def forward(self, xt, emb):
         r = xt.shape[-1]                                                       # METHOD: 3.3, only the inner levels
         skips = [self.conv_in[str(r)](F.pixel_unshuffle(xt, self.patch))]      # METHOD
-        for stage in self.down[self.first[r]:]:                                # METHOD
-            skips.append(run_stage(stage, skips[-1], emb))
-        return run_stage(self.mid, skips[-1], emb), skips
+        for layers in self.down[self.first[r]:]:                                # METHOD
+            skips.append(run_layers(layers, skips[-1], emb))
+        return run_layers(self.mid, skips[-1], emb), skips
 
 
 class Decoder(nn.Module):
-    """Way up and output: h, skips -> (B, C, H, W); every stage takes one skip, the last one first."""
+    """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
     def __init__(self, channels, skips, ch, mult, blocks, attention, patch, stages):       # METHOD: stages
         super().__init__()
@@ -198,10 +198,10 @@ class Decoder(nn.Module):
                 self.conv_out[str(r)] = nn.Conv2d(c, channels * patch ** 2, 3, padding=1)  # METHOD
 
     def forward(self, h, skips, emb):
-        for stage, skip in zip(self.up, reversed(skips)):
-            if skip is skips[0] and isinstance(stage[-1], nn.Sequential):      # METHOD: 3.3, out before the way up
-                stage = stage[:-1]                                             # METHOD
-            h = run_stage(stage, torch.cat([h, skip], dim=1), emb)
+        for layers, skip in zip(self.up, reversed(skips)):
+            if skip is skips[0] and isinstance(layers[-1], nn.Sequential):      # METHOD: 3.3, out before the way up
+                layers = layers[:-1]                                           # METHOD
+            h = run_layers(layers, torch.cat([h, skip], dim=1), emb)
         r = str(h.shape[-1] * self.patch)                                      # METHOD: 3.3, by its own exit
         return F.pixel_shuffle(self.conv_out[r](F.silu(self.norm_out[r](h))), self.patch)  # METHOD
 
@@ -472,7 +472,7 @@ def search(net, config, device):
     extractor, name = load_extractor(config["data"], device)
     x, _, _ = load_images(config["data"], config["res"])
     reference = feature_stats(extract(extractor, x[:REFERENCE_N])[0])
-    plan.update(step=config["step"], searched=[])
+    plan.update(step=config["step"], network=config.get("digest"), searched=[])
     for i, (r, N) in enumerate(zip(plan["stages"][:-1], plan["steps"])):
         found, before = {}, plan["evaluations"]
         for K in (before[i] + shift for shift in SHIFTS):
@@ -507,7 +507,8 @@ def make_plan(net, config, device):
     for folder in (Path(config["out"]), Path(config["checkpoint"]).parent):
         path = plan_path(config, folder)
         plan = load_plan(path, "step", *paper_plan([32])) if path.is_file() else {}
-        if plan.get("step") == config["step"] and config["steps"] == config["truncate"] == [0]:
+        mine = (plan.get("step"), plan.get("network")) == (config["step"], config.get("digest"))
+        if mine and config["steps"] == config["truncate"] == [0]:
             return plan
     return plan_of(config)
 
@@ -526,7 +527,7 @@ def train(config, device, rank, world):
     torch.manual_seed(config["seed"])
     net = build_net(config).to(device)
     if saved:
-        load_weights(net, saved["net" if resume else "ema"], out)
+        load_weights(net, saved["net" if resume else "ema"], out if resume else config["init"], partial=not resume)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=config["lr"])
     if resume:
@@ -576,7 +577,7 @@ def load_net(config, device):
         path = HERE / "weights" / SCRIPT / shipped(config)
     saved = load_checkpoint(path, SCRIPT)
     mine = {k: v for k, v in config.items() if k not in CONFIG["network"] and k not in CONFIG["training"]}
-    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"]}
+    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"], "digest": digest(saved["ema"])}
     config["precision"] = "bf16" if config["precision"] == "bf16" else "fp32"
     net = build_net(config)
     load_weights(net, saved["ema"], path)
@@ -597,6 +598,8 @@ def main():
         print(f"plan: {describe(plan[0])}")
     if config["sample"]:
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
+        if len(seeds) < world:
+            raise ValueError(f"--n {len(seeds)} is below the number of processes, {world}")
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
             save_samples(config, images, seeds, time.time() - begun)

@@ -2,8 +2,8 @@
 Architectures (CVPR 2024, arXiv 2312.09181).
 
 Denoising is not one task: next to pure noise a small network is enough, next to the data it takes a large one, and the
-gradients of the two disturb each other. So cut the noise levels into stages in which the best possible denoiser hardly
-changes; give all stages one encoder and each stage a decoder of its own, as wide as it needs. The best possible
+gradients of the two disturb each other. So cut off the two ends of the noise levels in which the best possible denoiser
+hardly changes; give all stages one encoder and each stage a decoder of its own, as wide as it needs. The best possible
 denoiser of a data set is known in closed form: the stages are found before anything is trained, in seconds.
 
     python multistage.py --sample                            # 64 images from the shipped weights, in seconds
@@ -31,8 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (HERE, LossModule, autocast, begin_run, gather, load_checkpoint, load_images, load_weights, locked,
-                    noise_for, parse_config, progress, run_main, save_grid, save_json, save_run, save_samples,
+from common import (HERE, LossModule, autocast, begin_run, digest, gather, load_checkpoint, load_images, load_weights,
+                    locked, noise_for, parse_config, progress, run_main, save_grid, save_json, save_run, save_samples,
                     start_device, to_float, to_uint8)
 
 SCRIPT = "multistage"
@@ -41,7 +41,7 @@ T_FIRST = 1e-3                 # eps_t: smallest t of the clustering (Sec. 5)
 T_TRAIN = 1e-5                 # smallest t of the training (the official code)
 T_END = 1e-4                   # last t of DPM-Solver (D12)
 ETA, ALPHA = 2 / 256, 0.9      # thresholds of Algorithm 1 (Sec. 5)
-SAMPLES = 10_000               # K of Algorithms 1 and 2
+SAMPLES = 10_000               # K of Algorithms 1 and 2 (D13; the paper: 50,000)
 SHORTEST = 0.02                # length of a stage, below which a clustering is refused (D20)
 CLUSTER_SEED = 10 ** 9         # far from samples' seeds
 WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
@@ -75,7 +75,7 @@ CONFIG = {
         "ema":        (0.999, (0, 1), "decay of the averaged weights"),
         "flip":       (0, (0, 1), "1: random horizontal flips"),
         "save_every": (500, (1, 10 ** 8), "steps between checkpoints"),
-        "batches":    ("mixed", ("mixed", "stage"), "METHOD: mixed: of all stages (D8); stage: of one, as the paper"),
+        "batches":    ("mixed", ("mixed", "stage"), "METHOD: mixed: of all stages (D8); stage: of one (official code)"),
     },
     "method": {
         "nfe":        (20, (1, 10_000), "evaluations of the network"),
@@ -135,15 +135,15 @@ def up(c):
     return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
 
 
-def run_stage(stage, h, emb):
-    """The layers of a stage in turn."""
-    for layer in stage:
+def run_layers(layers, h, emb):
+    """The layers in turn."""
+    for layer in layers:
         h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
     return h
 
 
 class Encoder(nn.Module):
-    """Input, way down and bottom: xt (B, C, H, W) -> h, skips: one of each stage, of the widths `skips`."""
+    """Input, way down and bottom: xt (B, C, H, W) -> h, and what each step down gave, of `widths` channels."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch):
         super().__init__()
@@ -164,13 +164,13 @@ class Encoder(nn.Module):
 
     def forward(self, xt, emb):
         skips = [self.conv_in(F.pixel_unshuffle(xt, self.patch))]
-        for stage in self.down:
-            skips.append(run_stage(stage, skips[-1], emb))
-        return run_stage(self.mid, skips[-1], emb), skips
+        for layers in self.down:
+            skips.append(run_layers(layers, skips[-1], emb))
+        return run_layers(self.mid, skips[-1], emb), skips
 
 
 class Decoder(nn.Module):
-    """Way up and output: h, skips -> (B, C, H, W); every stage takes one skip, the last one first."""
+    """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
     def __init__(self, channels, skips, ch, mult, blocks, attention, patch):
         super().__init__()
@@ -186,8 +186,8 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = nn.GroupNorm(groups, c, eps=1e-6), nn.Conv2d(c, channels * patch ** 2, 3, 1, 1)
 
     def forward(self, h, skips, emb):
-        for stage, skip in zip(self.up, reversed(skips)):
-            h = run_stage(stage, torch.cat([h, skip], dim=1), emb)
+        for layers, skip in zip(self.up, reversed(skips)):
+            h = run_layers(layers, torch.cat([h, skip], dim=1), emb)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
@@ -208,8 +208,11 @@ class UNet(nn.Module):
         emb = self.emb(timestep_embedding(t, self.ch))
         emb = F.silu(emb)
         h, skips = self.encoder(xt, emb)                       # METHOD
-        return by_stage(stage, len(self.decoders),             # METHOD: instead of self.decoder(h, skips, emb)
-                        lambda s, h, emb, *skips: self.decoders[s](h, skips, emb), h, emb, *skips)      # METHOD
+
+        def decode(s, h, emb, *skips):                         # METHOD: instead of self.decoder(h, skips, emb)
+            return self.decoders[s](h, skips, emb)             # METHOD
+
+        return by_stage(stage, len(self.decoders), decode, h, emb, *skips)     # METHOD
 
 
 def build_net(config):
@@ -540,7 +543,12 @@ def make_plan(net, config, device):
     if config["given"] & {"stages", "images"} and not config["search"]:
         raise ValueError("--stages and --images go with --search")
     taus, edges = [], config["edges"]
-    dpm_solver_sample(lambda xt, t: (taus.append(t), xt)[1], torch.zeros(1, 1, 1, 1), config["nfe"], config["order"])
+
+    def note(xt, t):                                           # a model that only notes its t
+        taus.append(t)
+        return xt
+
+    dpm_solver_sample(note, torch.zeros(1, 1, 1, 1), config["nfe"], config["order"])
     stages = [stage_of(t, edges) for t in taus]
     return dict(order=config["order"], nfe=config["nfe"], edges=edges, taus=[round(t, 6) for t in taus],
                 by_stage=[stages.count(s) for s in range(len(edges) + 1)])
@@ -560,7 +568,7 @@ def train(config, device, rank, world):
     torch.manual_seed(config["seed"])
     net = build_net(config).to(device)
     if saved:
-        load_weights(net, saved["net" if resume else "ema"], out)
+        load_weights(net, saved["net" if resume else "ema"], out if resume else config["init"], partial=not resume)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=config["lr"])
     if resume:
@@ -610,7 +618,7 @@ def load_net(config, device):
         path = HERE / "weights" / SCRIPT / shipped(config)
     saved = load_checkpoint(path, SCRIPT)
     mine = {k: v for k, v in config.items() if k not in CONFIG["network"] and k not in CONFIG["training"]}
-    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"]}
+    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"], "digest": digest(saved["ema"])}
     config["precision"] = "bf16" if config["precision"] == "bf16" else "fp32"
     net = build_net(config)
     load_weights(net, saved["ema"], path)
@@ -631,6 +639,8 @@ def main():
         print(f"plan: {describe(plan[0])}")
     if config["sample"]:
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
+        if len(seeds) < world:
+            raise ValueError(f"--n {len(seeds)} is below the number of processes, {world}")
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
             save_samples(config, images, seeds, time.time() - begun)

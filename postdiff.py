@@ -28,10 +28,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (HERE, LossModule, add_noise, autocast, begin_run, caption_score, captions_of, count_macs, extract,
-                    gather, linear_alpha_bar, load_checkpoint, load_extractor, load_images, load_plan, load_weights,
-                    locked, noise_for, parse_config, progress, run_main, save_grid, save_json, save_run, save_samples,
-                    scale_and_sigma, start_device, to_float, to_uint8)
+from common import (HERE, LossModule, add_noise, autocast, begin_run, caption_score, captions_of, count_macs, digest,
+                    extract, gather, linear_alpha_bar, load_checkpoint, load_extractor, load_images, load_plan,
+                    load_weights, locked, noise_for, parse_config, progress, run_main, save_grid, save_json, save_run,
+                    save_samples, scale_and_sigma, start_device, to_float, to_uint8)
 
 SCRIPT = "postdiff"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
@@ -169,10 +169,10 @@ def up(c):
     return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
 
 
-def run_stage(stage, h, emb):
-    """The layers of a stage in turn. METHOD: emb is (emb, text, cross, used), see CrossAttention."""
+def run_layers(layers, h, emb):
+    """The layers in turn. METHOD: emb is (emb, text, cross, used), see CrossAttention."""
     emb, *caches = emb                                         # METHOD
-    for layer in stage:
+    for layer in layers:
         if isinstance(layer, CrossAttention):                  # METHOD
             h = layer(h, *caches)                              # METHOD
             continue                                           # METHOD
@@ -181,7 +181,7 @@ def run_stage(stage, h, emb):
 
 
 class Encoder(nn.Module):
-    """Input, way down and bottom: xt (B, C, H, W) -> h, skips: one of each stage, of the widths `skips`."""
+    """Input, way down and bottom: xt (B, C, H, W) -> h, and what each step down gave, of `widths` channels."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch):
         super().__init__()
@@ -204,15 +204,15 @@ class Encoder(nn.Module):
 
     def forward(self, xt, emb, deep=None, depth=1):        # METHOD
         skips = [self.conv_in(F.pixel_unshuffle(xt, self.patch))]
-        for stage in self.down if deep is None else self.down[:depth]:         # METHOD: a shallow pass has fewer
-            skips.append(run_stage(stage, skips[-1], emb))
+        for layers in self.down if deep is None else self.down[:depth]:         # METHOD: a shallow pass has fewer
+            skips.append(run_layers(layers, skips[-1], emb))
         if deep is not None:                                   # METHOD
             return deep, skips                                 # METHOD
-        return run_stage(self.mid, skips[-1], emb), skips
+        return run_layers(self.mid, skips[-1], emb), skips
 
 
 class Decoder(nn.Module):
-    """Way up and output: h, skips -> (B, C, H, W); every stage takes one skip, the last one first."""
+    """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
     def __init__(self, channels, skips, ch, mult, blocks, attention, patch):
         super().__init__()
@@ -229,10 +229,10 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = nn.GroupNorm(groups, c, eps=1e-6), nn.Conv2d(c, channels * patch ** 2, 3, 1, 1)
 
     def forward(self, h, skips, emb, depth=1):             # METHOD
-        for stage, skip in zip(self.up[-len(skips):], reversed(skips)):        # METHOD
-            if stage is self.up[-1 - depth]:                   # METHOD: what DeepCache keeps enters it
+        for layers, skip in zip(self.up[-len(skips):], reversed(skips)):        # METHOD
+            if layers is self.up[-1 - depth]:                  # METHOD: what DeepCache keeps enters it
                 deep = h                                       # METHOD
-            h = run_stage(stage, torch.cat([h, skip], dim=1), emb)
+            h = run_layers(layers, torch.cat([h, skip], dim=1), emb)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch), deep      # METHOD
 
 
@@ -250,8 +250,8 @@ class UNet(nn.Module):
         self.text = TextEncoder(words)                         # METHOD
 
     def forward(self, xt, t, text, deep=None, cross=None, depth=1):
-        """Returns x0_hat, deep, cross. METHOD: Sec. 2.5: the caches go in and come out. deep: what entered the up stage
-        -(depth + 1) when last computed: given, only the outermost depth + 1 stages of either way run (D5). cross:
+        """Returns x0_hat, deep, cross. METHOD: Sec. 2.5: the caches go in and come out. deep: what entered the step up
+        -(depth + 1) when last computed: given, only the outermost depth + 1 steps of either way run (D5). cross:
         {layer: output} of cross-attentions to be reused; out come all that took part."""
         emb = self.emb(timestep_embedding(t, self.ch))
         emb = F.silu(emb)
@@ -400,7 +400,7 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
 
     net, text, null, w: see cached_eps. noise (B, C, R, R): the start, or with n_low > 0 what is added at the switch;
     low_noise (B, C, r, r): the start then. taus: strictly descending steps in 0 .. T - 1, all evaluated, then t = -1.
-    k, depth: a full pass at every k-th step, else the outermost depth + 1 stages. n_guided: steps with guidance, the
+    k, depth: a full pass at every k-th step, else the outermost depth + 1 steps. n_guided: steps with guidance, the
     first ones (None: all); then cross-attentions are frozen by `choice` ("none": not). order: 1 DDIM, 2 DPM-Solver++
     2M. trace(i, xt, x0_hat, cache): called after each evaluation. n_low=0, k=1, n_guided=None: plain classifier-free
     guidance. Raises ValueError if a number does not fit."""
@@ -520,7 +520,7 @@ def search(net, config, device):
     plan, tried = calibrate(plans, lambda plan: macs(plan) / full, score, BUDGET)
     for found, cost, value in tried:
         print(f"{100 * cost:.1f} % of the MACs, caption score[{name}] {value:.4f}: {describe(found)}")
-    plan["step"] = config["step"]
+    plan.update(step=config["step"], network=config.get("digest"))
     save_json(plan_path(config, config["out"]), plan)
     return plan
 
@@ -538,7 +538,7 @@ def make_plan(net, config, device):
     for folder in (Path(config["out"]), Path(config["checkpoint"]).parent):
         path = plan_path(config, folder)
         plan = load_plan(path, *plan_of(dict(config, method="base", steps=1))) if path.is_file() else {}
-        if plan.get("step") == config["step"]:
+        if (plan.get("step"), plan.get("network")) == (config["step"], config.get("digest")):
             return plan
     return search(net, config, device)
 
@@ -557,7 +557,7 @@ def train(config, device, rank, world):
     torch.manual_seed(config["seed"])
     net = build_net(config).to(device)
     if saved:
-        load_weights(net, saved["net" if resume else "ema"], out)
+        load_weights(net, saved["net" if resume else "ema"], out if resume else config["init"], partial=not resume)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=config["lr"])
     if resume:
@@ -607,7 +607,7 @@ def load_net(config, device):
         path = HERE / "weights" / SCRIPT / shipped(config)
     saved = load_checkpoint(path, SCRIPT)
     mine = {k: v for k, v in config.items() if k not in CONFIG["network"] and k not in CONFIG["training"]}
-    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"]}
+    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"], "digest": digest(saved["ema"])}
     config["precision"] = "bf16" if config["precision"] == "bf16" else "fp32"
     net = build_net(config)
     load_weights(net, saved["ema"], path)
@@ -628,6 +628,8 @@ def main():
         print(f"plan: {describe(plan[0])}")
     if config["sample"]:
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
+        if len(seeds) < world:
+            raise ValueError(f"--n {len(seeds)} is below the number of processes, {world}")
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
             save_samples(config, images, seeds, time.time() - begun)

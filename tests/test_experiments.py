@@ -119,6 +119,7 @@ def lab(tmp_path, monkeypatch):
     for script, module in MODULES.items():
         (tmp_path / "results" / script).mkdir(parents=True)
         stubs = dict(trained=fake_trained, load_images=few_images, HELD_OUT=2, training_macs=lambda module, config: 1e6,
+                     cost_of=lambda *_: dict(macs_per_image=1e6),
                      timed=lambda *calls, **_: [call() and 0.5 or 0.5 for call in calls],
                      measure_speed=lambda *_: dict(images_per_s=2.0, against_images_per_s=1.0, speedup=2.0,
                                                    speedup_range=[1.0, 3.0], against=dict(macs_per_image=1e6)))
@@ -133,6 +134,8 @@ def lab(tmp_path, monkeypatch):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(c2f.trd_search.__wrapped__, "__defaults__", (1, None, 1, 1))
+    monkeypatch.setattr(experiments.load_script("multistage_clusterings").gradient_affinity, "__defaults__", (9, 2, 0))
+    monkeypatch.setattr(experiments.grid, "__defaults__", (1,))
     monkeypatch.setattr(many, "cluster_timesteps", lambda method, n, x: ([(i + 1) / n for i in range(n - 1)], {}))
     return measured
 

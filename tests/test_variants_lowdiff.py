@@ -37,7 +37,8 @@ def few_images():
         return x[:500].clone(), y[:500].clone(), list(captions)
 
     with mock.patch.object(common, "load_images", first), mock.patch.object(cdm.script, "load_images", first), \
-            mock.patch.object(c.script, "load_images", first), mock.patch.object(c, "load_images", first):
+            mock.patch.object(c.script, "load_images", first), mock.patch.object(c, "load_images", first), \
+            mock.patch.object(autoencoder, "BATCH", 8):
         yield
 
 
@@ -89,8 +90,7 @@ def awake_net(**changes):
     ([8, 16], [1, 2, 4], [2], 1), ([8, 16, 32], [2, 1, 1], [1], 2), ([8, 16], [2, 2, 2], [0, 2], 1),
     ([16], [1, 2], [], 1)])
 def test_each_network_is_what_lowdiff_activates(stages, mult, attention, patch):
-    """With LowDiff's weights, whose resolution embedding is zero at first, the same output and MACs; all parameters are
-    active."""
+    """With LowDiff's weights, whose resolution embedding is zero at first, the same output; all parameters are active."""
     config = dict(channels=1, ch=8, mult=mult, blocks=2, attention=attention, patch=patch, labels=1,
                   captions=list("abc"), stages=stages)
     torch.manual_seed(0)
@@ -106,7 +106,6 @@ def test_each_network_is_what_lowdiff_activates(stages, mult, attention, patch):
         x = randn(2, 1 if int(r) == stages[0] else 2, int(r), int(r)).float()
         t, y = torch.rand(2) * 9, torch.tensor([0, 2])
         assert torch.equal(cascade(x, t, y), one(x, t, y))
-        assert common.count_macs(cascade, x, t, y) == common.count_macs(one, x, t, y)
         one.zero_grad()
         one(x, t, y).sum().backward()
         cascade(x, t, y).sum().backward()
@@ -379,7 +378,6 @@ def test_autoencoder_loss_by_hand():
 
 def test_autoencoder_learns_a_few_images_and_normalises(tmp_path, monkeypatch):
     """And comes back from its file, which no other shape may use."""
-    monkeypatch.setattr(autoencoder, "BATCH", 8)
     monkeypatch.setattr(autoencoder, "WARMUP", 10)
     x, path = common.load_images("fashion10k")[0][:8], tmp_path / "new" / "ae.pt"
     net = autoencoder.get_autoencoder(path, 1, 4, 4, x, 70, "cpu", 0)

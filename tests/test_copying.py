@@ -298,7 +298,7 @@ def test_cluster_images(pasted):
 def tiny_net():
     """A text-to-image network of the contract of cached_eps: a layer that always runs, a deep one that may be given,
     and two that listen to the text (B, L, 4), whose outputs may be given, too. Also the list of its calls."""
-    w_in, w_deep, w_out = (0.4 * randn(*shape, 3, 3, seed=shape[0] + shape[1]) for shape in ((4, 1), (4, 4), (1, 4)))
+    w_in, w_deep, w_out = (0.4 * randn(*c, 3, 3, seed=i) for i, c in enumerate(((4, 1), (4, 4), (1, 4))))
     calls = []
 
     def net(xt, t, text, deep=None, cross=None, depth=1):

@@ -22,7 +22,7 @@ cdm = importlib.import_module("lowdiff_cdm")
 c = importlib.import_module("lowdiff_latent")
 
 COMMON = "--data fashion10k --batch 8 --save-every 3 --iters 6 --precision fp32".split()
-TINY = {cdm: [*"--ch 8 --mult 1 2 --attention 1 --patch 2".split(), *COMMON],
+TINY = {cdm: [*"--ch 8 --mult 1 2 --attention 1 --patch 4".split(), *COMMON],
         c: [*"--ch 32 --blocks 2 --ae-iters 5".split(), *COMMON]}
 CONFIG = dict(latent=4, ch=32, blocks=2, stages=[4, 8], captions=list("abc"), labels=1, channels=1, factor=4,
               precision="fp32", classes=[-1], guidance=1.0)
@@ -90,7 +90,7 @@ def awake_net(**changes):
     ([8, 16], [1, 2, 4], [2], 1), ([8, 16, 32], [2, 1, 1], [1], 2), ([8, 16], [2, 2, 2], [0, 2], 1),
     ([16], [1, 2], [], 1)])
 def test_each_network_is_what_lowdiff_activates(stages, mult, attention, patch):
-    """With LowDiff's weights, whose resolution embedding is zero at first, the same output; all parameters are active."""
+    """With LowDiff's weights, whose resolution embedding is zero at first, the same output; all are active."""
     config = dict(channels=1, ch=8, mult=mult, blocks=2, attention=attention, patch=patch, labels=1,
                   captions=list("abc"), stages=stages)
     torch.manual_seed(0)

@@ -390,6 +390,8 @@ def interrupted_after(steps, module, monkeypatch):
 def test_train_resume_sample(tmp_path, start, monkeypatch, module, argv):
     """A training that is interrupted and goes on equals one that is not; it is sampled, and measured."""
     argv = [*TINY, *argv.split(), "--seed", 3]
+    monkeypatch.setattr(module.script, "preview", lambda net, config, device: module.script.generate(
+        net, config, dict(steps=2, nfe=2, order=1), range(2), device))
     out = start(module, "--train", "--sample", "--n", 3, *argv, "--out", tmp_path / "a")
     assert "3 images" in out and Image.open(tmp_path / "a" / "samples.png").size == (8 * 34, 34)
     again = interrupted_after(3, module, monkeypatch)
@@ -404,7 +406,8 @@ def test_train_resume_sample(tmp_path, start, monkeypatch, module, argv):
     script = evaluate.load_script(module.__file__)
     assert script is module.script
     with contextlib.redirect_stdout(io.StringIO()):
-        net, config, plan, _ = evaluate.load_all(script, ["--checkpoint", str(tmp_path / "a" / "weights.pt")])
+        net, config, plan, _ = evaluate.load_all(script, ["--checkpoint", str(tmp_path / "a" / "weights.pt"),
+                                                          "--steps" if module is edm else "--nfe", "3"])
     cost = evaluate.cost_of(script, config, plan)
     assert cost["shape"] == (1, 16, 16) and cost["nfe"] == plan["nfe"] == sum(plan["by_stage"])
     meta, side = script.build_net(config).to("meta"), 4 if module is latent else 16

@@ -175,7 +175,6 @@ def speed():
 
     def row(arm, ours, other, **cells):
         note(S, "speed", arm, {"ours, s": ours, "theirs, s": other, "times": other / ours, **cells})
-
     mine = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         row("U-Net", *timed(lambda: net(mine, t), lambda: theirs(x, t)), parameters=parameters(net))

@@ -255,7 +255,7 @@ def load_data(config):
     if R % low or low % multiple or low == R and config["low"]:
         raise ValueError(f"the resolution {R} and --low {low} must be multiples of {multiple} (--mult, --patch), the "
                          "one of the other")
-    if config["search"] or config["sample"]:                   # after this training
+    if config.get("search") or config.get("sample"):           # after this training
         check_method(config)
     return x, y
 
@@ -321,6 +321,8 @@ def dpm_solver_pp_sample(eps_model, xt, taus, alpha_bar, order=2, start=0, stop=
     plain = [int(t) for t in taus if not torch.is_tensor(t) or t.numel() == 1]
     if any(a <= b for a, b in zip(plain, plain[1:])):
         raise ValueError(f"the steps must fall strictly: {plain}")
+    if plain and not 0 <= plain[-1] <= plain[0] < len(alpha_bar) - 1:
+        raise ValueError(f"the steps must lie in 0 .. {len(alpha_bar) - 2}: {plain}")
     if alpha_bar[-1] != 1:
         raise ValueError("alpha_bar needs one more entry, 1, at its end: clean data (linear_alpha_bar)")
     for k in range(start, len(taus) if stop is None else stop):
@@ -396,6 +398,8 @@ def generate(net, config, plan, seeds, device):
 
 def sample(net, config, plan, seeds, device):
     """uint8 images (n, C, R, R) on the CPU, seed by seed: seed i makes image i, whatever the batch."""
+    if not len(seeds):                                         # a process without a share of them
+        return sample(net, config, plan, [0], device)[:0]
     batches = torch.tensor(list(seeds)).split(250)
     return torch.cat([to_uint8(generate(net, config, plan, batch.tolist(), device)).cpu()
                       for batch in progress(batches, "sample", len(batches[0]))])
@@ -645,8 +649,6 @@ def main():
         print(f"plan: {describe(plan[0])}")
     if config["sample"]:
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
-        if len(seeds) < world:
-            raise ValueError(f"--n {len(seeds)} is below the number of processes, {world}")
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
             save_samples(config, images, seeds, time.time() - begun)

@@ -504,6 +504,8 @@ def generate(net, config, plan, seeds, device):
 
 def sample(net, config, plan, seeds, device):
     """uint8 images (n, C, R, R) on the CPU, seed by seed: seed i makes image i, whatever the batch."""
+    if not len(seeds):                                         # a process without a share of them
+        return sample(net, config, plan, [0], device)[:0]
     batches = torch.tensor(list(seeds)).split(250)
     return torch.cat([to_uint8(generate(net, config, plan, batch.tolist(), device)).cpu()
                       for batch in progress(batches, "sample", len(batches[0]))])
@@ -639,8 +641,6 @@ def main():
         print(f"plan: {describe(plan[0])}")
     if config["sample"]:
         begun, seeds = time.time(), range(config["seed"], config["seed"] + config["n"])
-        if len(seeds) < world:
-            raise ValueError(f"--n {len(seeds)} is below the number of processes, {world}")
         images = gather(sample(net, config, plan[0], seeds[rank::world], device), world)
         if rank == 0:
             save_samples(config, images, seeds, time.time() - begun)

@@ -1052,7 +1052,7 @@ def test_best_start_passes_over_powers_that_do_not_fit(tmp_path, short):
 
 @pytest.mark.parametrize("method, low", [("c2f", 0), ("c2f+trd", 0), ("base", 8), ("trd", 8)])
 def test_a_method_for_the_other_kind_of_network(tmp_path, method, low):
-    with pytest.raises(ValueError, match="--method .* needs a checkpoint of .*--train") as error:
+    with pytest.raises(ValueError, match="--method .* needs a network of .*--checkpoint") as error:
         c.search(awake_net(low=low), config_of(tmp_path, method=method, low=low), CPU)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 

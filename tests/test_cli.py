@@ -367,7 +367,7 @@ def two_processes(folder):
     (folder / "two" / "driver.py").write_text(driver(TWO_PROCESSES, jobs))
     process = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", folder / "two" / "driver.py")
     try:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=300)
     finally:
         process.terminate()                                                    # torchrun ends its workers
     assert process.returncode == 0, out + err

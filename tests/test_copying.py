@@ -204,14 +204,17 @@ def test_trd_search(pasted, order):
             assert loss == pytest.approx(float((run(*taus) - x_ref).square().mean()), rel=1e-3)
         assert report["loss"] == sorted(report["loss"], reverse=True) and report["loss"][-1] < 0.7 * report["loss"][0]
         assert search(stages, found, x_ref, TABLE, order)[0] == found
+    x_ref = one(range(999, 0, -20))                            # a single step: the best of 0 .. 1000 in six
+    best = min((166, 333, 500, 666, 833), key=lambda t: float((one([t]) - x_ref).square().mean()))
+    assert search([(high, z_high)], [[1]], x_ref, TABLE, order, sweeps=1)[0] == [[best]]
 
 
 def test_cascade_sample(pasted):
     """Two Gaussian stages with exact denoisers: every sample where the exact flow takes it, truncated by an even and an
     odd number of evaluations, and the right deviations in the end."""
-    m, v, d, n = pasted("lowdiff"), 0.25, 0.3, 8000            # low: N(0, v); high: four times that, plus N(0, d^2)
+    m, v, d, n = pasted("lowdiff"), 0.25, 0.3, 2000            # low: N(0, v); high: four times that, plus N(0, d^2)
     ladder = [(20 ** (1 / 5) * (1 - i / 60) + 0.002 ** (1 / 5) * i / 60) ** 5 for i in range(61)] + [0.0]
-    z_low, z_high = randn(n, 1, 1, 1, seed=1, dtype=torch.float64), randn(n, 1, 2, 2, seed=2, dtype=torch.float64)
+    z_low, z_high = randn(n, 1, 2, 2, seed=1, dtype=torch.float64), randn(n, 1, 4, 4, seed=2, dtype=torch.float64)
 
     def low(xt, sigma, z, s):
         assert z is None and s is None
@@ -220,8 +223,11 @@ def test_cascade_sample(pasted):
     def parts(s):                                              # of x given z: shrinkage of the mean, two variances
         return v / (v + s ** 2), d ** 2 + 4 * v * s ** 2 / (v + s ** 2), d ** 2
 
+    def four(x):                                               # every pixel four times
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
     def apart(x):
-        return x.mean((2, 3), keepdim=True), x - x.mean((2, 3), keepdim=True)
+        return (mean := four(F.avg_pool2d(x, 2))), x - mean
 
     def high(xt, sigma, z, s):
         shrink, along, across = parts(s)
@@ -235,12 +241,12 @@ def test_cascade_sample(pasted):
         first, x = m.cascade_sample([(low, z_low, ladder, K), (high, z_high, ladder, None)])
         assert near(first, flow(ladder[0] * z_low, v, ladder[0], ladder[at])) < 0.01
         shrink, along, across = parts(ladder[at])
-        condition = shrink * first.expand_as(x)
+        condition = shrink * four(first)
         mean, rest = apart(ladder[0] * z_high - condition)
         exact = condition + flow(mean, along, ladder[0], 0) + flow(rest, across, ladder[0], 0)
         assert near(x, exact) < 0.01
         assert float(x.std()) == pytest.approx(math.sqrt(v + d ** 2), rel=0.03)
-        assert float(x.mean((2, 3)).std()) == pytest.approx(math.sqrt(v + d ** 2 / 4), rel=0.03)
+        assert float(F.avg_pool2d(x, 2).std()) == pytest.approx(math.sqrt(v + d ** 2 / 4), rel=0.03)
     alone = m.heun_sample(lambda xt, sigma: low(xt, sigma, None, None), z_low, ladder)
     assert near(alone, flow(ladder[0] * z_low, v, ladder[0], 0)) < 0.01
     assert torch.equal(m.cascade_sample([(low, z_low, ladder, None)])[0], alone)

@@ -4,6 +4,7 @@ the report makes of the tracked lines."""
 import contextlib
 import copy
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -31,7 +32,8 @@ SHIPPED = {"c2f_trd": {"base": "", "weights": "--low 8"}, "lowdiff": {"edm": "--
            "multistage": {"unified": "--widths 8", "weights": ""}, "postdiff": {"weights": ""}}
 VARIANTS = ("c2f_trd_strategies", "lowdiff_cdm", "lowdiff_latent", "multistage_separate", "multistage_edm",
             "multistage_latent", "postdiff_lcm", "postdiff_dit")
-TINY = dict(ch=8, mult="1 1 1", attention=2, patch=2, batch=4, ae_iters=1, blocks=1, heads=2)
+TINY = dict(ch=8, mult="1 1", attention=1, patch=4, batch=4, ae_iters=1, blocks=1, heads=2)
+SIZES = dict(lowdiff=dict(mult="1 1 1", patch=2), lowdiff_cdm=dict(mult="1 1 1", patch=2), postdiff=dict(patch=2))
 FIELDS = ("experiment arm method solver data seed n extractor fd nfe macs_per_image seconds_per_image device precision "
           "torch images_seen source_sha256 config plan").split()
 
@@ -46,6 +48,7 @@ def module_of(script):
 
 
 MODULES = {script: module_of(script) for script in SCRIPTS}
+CLUSTERINGS, *_ = map(experiments.load_script, ("multistage_clusterings", *VARIANTS))
 IMAGES, NETWORKS, READ = {}, {}, common.load_images
 
 
@@ -60,16 +63,16 @@ def few_images(name, res=32, *args, **kwargs):
 def tiny(script, argv, path):
     """The path of a checkpoint of a random network of the script's options, cut down, which are checked."""
     if (script, argv) not in NETWORKS:
-        module, options = experiments.load_script(script), dict(TINY, patch=1 if script == "postdiff" else 2)
+        module, options = experiments.load_script(script), {**TINY, **SIZES.get(script, {})}
         known = {key for group in ("network", "training") for key in module.CONFIG[group]}
         words = argv + "".join(f" --{key.replace('_', '-')} {options[key]}" for key in options if key in known)
-        words += " --mult 1 1 1 1" * ("64" in argv) + " --patch 4" * (script == "postdiff_dit")
+        words += " --mult 1 1 1 1" * ("64" in argv)
         config = common.parse_config(module.SCRIPT, module.CONFIG, "", ["--train", *words.split()])
         if "widths" in config:
             n = len(config["widths"])
             config.update(widths=[8] * n, edges=[(i + 1) / n for i in range(n - 1)])
-        config.update(out=str(path.parent), init="", **(
-            {"autoencoder": str(path.parent / "autoencoder.pt")} if "autoencoder" in config else {}))
+        config = {"low_share": 0, "mult": [1], **config, "out": str(path.parent), "init": ""}      # of a begin_run
+        config.update({"autoencoder": str(path.parent / "autoencoder.pt")} if "autoencoder" in config else {})
         path.parent.mkdir(parents=True, exist_ok=True)
         module.load_data(config)
         torch.manual_seed(0)
@@ -117,6 +120,7 @@ def lab(tmp_path, monkeypatch):
                    config=evaluate.short(config), inception_score=5.0, caption_score=0.3)
         return {**dict.fromkeys(FIELDS, ""), **row}
 
+    monkeypatch.setattr(common, "load_checkpoint", load_checkpoint)            # of changed copies
     for name in (*SCRIPTS, *VARIANTS):
         monkeypatch.setattr(experiments.load_script(name), "load_images", few_images)
         monkeypatch.setattr(experiments.load_script(name), "load_checkpoint", load_checkpoint)
@@ -129,7 +133,7 @@ def lab(tmp_path, monkeypatch):
         (tmp_path / "results" / script).mkdir(parents=True)
         stubs = dict(trained=fake_trained, load_images=few_images, HELD_OUT=2, training_macs=lambda module, config: 1e6,
                      cost_of=lambda *_: dict(macs_per_image=1e6),
-                     timed=lambda *calls, **_: [call() and 0.5 or 0.5 for call in calls],
+                     timed=lambda *calls, **_: [(call(), 0.5)[1] for call in calls],
                      measure_speed=lambda *_: dict(images_per_s=2.0, against_images_per_s=1.0, speedup=2.0,
                                                    speedup_range=[1.0, 3.0], against=dict(macs_per_image=1e6)))
         for name, stub in stubs.items():
@@ -139,12 +143,14 @@ def lab(tmp_path, monkeypatch):
             tiny(script, options, Path("weights") / script / f"{name}.pt")
     c2f, _, many, post = (experiments.load_script(script) for script in SCRIPTS)
     for module, constants in ((c2f, dict(REFERENCE_STEPS=12, CALIBRATION=1, PCA=4)),
-                              (post, dict(CALIBRATION=2, STEPS=(2,), REFERENCE_STEPS=3, BUDGET=1))):
+                              (post, dict(CALIBRATION=2, STEPS=(2,), REFERENCE_STEPS=3, BUDGET=1,
+                                          count_macs=lambda fn: 1))):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(c2f.trd_search.__wrapped__, "__defaults__", (1, None, 1, 1))
-    monkeypatch.setattr(experiments.load_script("multistage_clusterings").gradient_affinity, "__defaults__", (9, 2, 0))
+    monkeypatch.setattr(CLUSTERINGS.gradient_affinity, "__defaults__", (9, 2, 0))
     monkeypatch.setattr(experiments.grid, "__defaults__", (1,))
+    monkeypatch.setattr(MODULES["postdiff"].fig7, "__defaults__", (1,))
     monkeypatch.setattr(many, "cluster_timesteps", lambda method, n, x: ([(i + 1) / n for i in range(n - 1)], {}))
     return measured
 
@@ -161,7 +167,7 @@ CASES = [(script, f.__name__) for script in SCRIPTS for f in MODULES[script].FUN
 def test_experiment(lab, script, name, monkeypatch, tmp_path):
     module, n = MODULES[script], 0
     if (script, name) in SLOW:
-        few = types.SimpleNamespace(product=lambda *args: list(itertools.product(*args))[1::9])
+        few = types.SimpleNamespace(product=lambda *args: list(itertools.product(*args))[1::14])
         monkeypatch.setattr(module, "itertools", few)
     if name == "latency":
         pytest.importorskip("diffusers")
@@ -238,7 +244,7 @@ def test_trained(tmp_path, monkeypatch):
     low = experiments.load_script("c2f_trd")
     macs = 12 * experiments.training_macs(low, {**common.parse_config(
         "c2f_trd", low.CONFIG, "", ["--train", *argv.split()])} | {"channels": 1})
-    with contextlib.redirect_stderr(None):
+    with contextlib.redirect_stderr(io.StringIO()):
         path = experiments.trained("c2f_trd", "x", argv, macs)
         assert torch.load(path, weights_only=True)["step"] == 3
         before = path.read_bytes()
@@ -254,10 +260,15 @@ def test_command_line(capsys):
     assert capsys.readouterr().out.split() == ["one", "First."]
     with pytest.raises(ValueError, match="no experiment 'two'"):
         experiments.main((one,), ["one", "two"])
+    capsys.readouterr()
     for script in SCRIPTS:
-        path = ROOT / "results" / script / "experiments.py"
-        run = subprocess.run([sys.executable, path], capture_output=True, text=True)
-        assert run.returncode == 0 and all(f.__name__ in run.stdout for f in MODULES[script].FUNCTIONS), run.stderr
+        experiments.main(MODULES[script].FUNCTIONS, [])
+        lines = capsys.readouterr().out.splitlines()
+        assert [text.split()[0] for text in lines] == [f.__name__ for f in MODULES[script].FUNCTIONS]
+    run = subprocess.run([sys.executable, ROOT / "results" / "c2f_trd" / "experiments.py", "x"], capture_output=True,
+                         text=True, cwd="/")
+    assert run.returncode == 1 and run.stderr == "experiments: error: no experiment 'x': choose from the list\n"
+    assert "headline" in run.stdout
 
 
 # ---------------------------------------------------------------------------------------------

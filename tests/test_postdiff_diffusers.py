@@ -47,7 +47,7 @@ import diffusers  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 KINDS = "sd", "lcm", "sdxl", "pixart", "sd3"
-MODULES = {"StableDiffusionPipeline": "stable_diffusion.pipeline_stable_diffusion",      # diffusers itself gives dummies
+MODULES = {"StableDiffusionPipeline": "stable_diffusion.pipeline_stable_diffusion",     # diffusers itself gives dummies
            "LatentConsistencyModelPipeline": "latent_consistency_models.pipeline_latent_consistency_text2img",
            "StableDiffusionXLPipeline": "stable_diffusion_xl.pipeline_stable_diffusion_xl",
            "PixArtAlphaPipeline": "pixart_alpha.pipeline_pixart_alpha",
@@ -400,8 +400,7 @@ def make_run(network, **plan):
     return run
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2, 4])
-@pytest.mark.parametrize("freeu", [False, True])
+@pytest.mark.parametrize("depth, freeu", [(0, False), (1, False), (1, True), (4, True)])
 def test_a_shallow_pass_honours_every_argument(depth, freeu):
     """With features of the same inputs a shallow pass is the full one, whichever arguments it gets."""
     assert set(inspect.signature(diffusers.UNet2DConditionModel.forward).parameters) == {"self", *ARGUMENTS}
@@ -715,7 +714,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 
     argv = ("--prompt", "cat", "red heart", "--steps", 2, "--out", tmp_path / "out")
     out = command(*argv)
-    assert "DDIM makes both images" in out and out.count("T MACs: plain 0.000, PostDiff") == 2
+    assert "DDIM makes both" in out and out.count("T MACs: plain 0.000, PostDiff") == 2
     from PIL import Image
     images = [Image.open(path) for path in sorted((tmp_path / "out").iterdir())]
     assert len(images) == 2 and all(image.size == (32, 16) for image in images)

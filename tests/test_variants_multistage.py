@@ -310,6 +310,7 @@ def test_evaluations_of_edm():
         decoder.register_forward_hook(lambda *_, s=s: seen.append(s))
     edm.generate(net, config, plan, [0], "cpu")
     assert seen == [edm.sigma_stage(sigma, config["edges"]) for sigma in plan["sigmas"]]
+    assert edm.preview(net, config, "cpu").shape == (32, 1, 16, 16)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import load_checkpoint, load_weights, progress, save_grid, to_float, to_uint8, write_atomically  # noqa: E402
+from common import (load_checkpoint, load_weights, progress, save_grid, to_float, to_uint8,  # noqa: E402
+                    write_atomically)
 
 KL_WEIGHT = 1e-4               # keeps the latents near a normal distribution
 BATCH, LR, WARMUP = 64, 2e-3, 100

@@ -25,7 +25,7 @@ def sub_network(net, r):
     """LowDiff's network reduced to what it activates at r x r: its entry, the levels from there down, its exit."""
     encoder, decoder = net.encoder, net.decoder
     encoder.down, encoder.first = encoder.down[encoder.first[r]:], {r: 0}
-    decoder.up = decoder.up[:len(encoder.down) + 1]            # a stage for each skip
+    decoder.up = decoder.up[:len(encoder.down) + 1]            # a step up for each skip
     if isinstance(decoder.up[-1][-1], nn.Sequential):          # the way up to the next resolution
         decoder.up[-1] = decoder.up[-1][:-1]
     for part in (encoder.conv_in, decoder.norm_out, decoder.conv_out):

@@ -26,7 +26,7 @@ SETTINGS = {"StableDiffusionPipeline": (0.5, 0.5, 2, 0.75, 1, "cond"),  # Table 
             "LatentConsistencyModelPipeline": (0.5, 0.5, 1, 0.5, 1, "cond"),
             "StableDiffusionXLPipeline": (0.2, 0.75, 2, 0.75, 1, "cond"),
             "PixArtAlphaPipeline": (0.5, 0.75, 1, 0.75, None, "cond"),
-            "StableDiffusion3Pipeline": (0.5, 0.75, 1, 0.75, None, "none")}  # not the paper's (D9)
+            "StableDiffusion3Pipeline": (0.5, 0.75, 1, 0.75, None, "none")}  # not the paper's (D20)
 CHOICES = "cond", "uncond", "ave", "cfg", "none"
 SCHEDULERS = "DDIM DDPM EulerDiscrete EulerAncestralDiscrete LCM DPMSolverMultistep UniPCMultistep"  # they give x0_hat
 Pass = namedtuple("Pass", "step batch height width full guided frozen")  # of the latent
@@ -128,7 +128,7 @@ def check_scheduler(pipe, s, mu):
     fits = name.removesuffix("Scheduler") in SCHEDULERS.split() and (
         "++" in config.algorithm_type if "DPM" in name else "UniPC" not in name or config.predict_x0)
     mend = ("LCM", "") if kind.startswith("Latent") else ("DDIM", ", clip_sample=False")
-    if kind.startswith("StableDiffusion3"):  # a shift by size would be that of the low size (D9)
+    if kind.startswith("StableDiffusion3"):  # a shift by size would be that of the low size (D20)
         mend = "FlowMatchEulerDiscrete", ", use_dynamic_shifting=False"
         fits = name.startswith(mend[0]) and (mu is not None or not config.use_dynamic_shifting)
     need(fits or not s, "s > 0 needs x0_hat, which {} as set does not give: pipe.scheduler = "
@@ -224,7 +224,7 @@ class Run:
         if self.i != self.n_low:
             return self.real_step(model_output, timestep, sample, return_dict=return_dict, **kwargs)
         from diffusers.utils.torch_utils import randn_tensor
-        if "generator" in kwargs:  # what it draws is not used (D10)
+        if "generator" in kwargs:  # what it draws is not used (D21)
             kwargs["generator"] = torch.Generator(device)
         out = self.real_step(model_output, timestep, sample, **kwargs)
         x0_hat, is_flow = out[-1], hasattr(scheduler, "scale_noise")
@@ -246,8 +246,8 @@ def apply_postdiff(pipe, s=None, m=None, k=None, beta=None, depth=None, choice=N
     """PostDiff on `pipe` until .remove() of what this gives. None: the paper's setting for this class of pipeline.
 
     s, m: shares of the steps, low and guided; beta: low / full side; k, depth: DeepCache's interval and branch; choice
-    of what is frozen of [null, text]: cond, uncond, ave, cfg (w: its weight, or the call's), none; log: gets the table
-    of each call. ValueError: what does not fit, now or in a call."""
+    of what is frozen of [null, text]: cond, uncond, ave, cfg (w: its weight, or the call's), none; log: gets each call's
+    table. ValueError: what does not fit, now or in a call."""
     given, plain = dict(locals()), type(pipe)
     need(not hasattr(pipe, "postdiff"), "PostDiff is on already: call pipe.postdiff.remove() first")
     need(plain.__name__ in SETTINGS, f"PostDiff knows {', '.join(SETTINGS)}, not {plain.__name__}")
@@ -285,7 +285,7 @@ def apply_postdiff(pipe, s=None, m=None, k=None, beta=None, depth=None, choice=N
         def prepare_latents(self, *args):
             return super().prepare_latents(*handle.run.prepare(self.vae_scale_factor, *args))
 
-    pipe.__class__ = functools.update_wrapper(PostDiffPipeline, plain, updated=())  # saving looks at its name
+    pipe.__class__ = functools.update_wrapper(PostDiffPipeline, plain, updated=())  # its name is saved
     return handle
 
 
@@ -305,7 +305,7 @@ def main():
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     pipe = diffusers.DiffusionPipeline.from_pretrained(args.path, torch_dtype=dtype).to(device)
     if "PNDM" in type(pipe.scheduler).__name__:
-        print("PNDM gives no x0_hat: DDIM makes both images")
+        print("PNDM gives no x0_hat: DDIM makes both")
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     steps, more = (8, dict(guidance_scale=7.5)) if type(pipe).__name__.startswith("Latent") else (20, {})
 

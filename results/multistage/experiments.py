@@ -137,13 +137,14 @@ def clusterings():
 @torch.no_grad()
 def stage_losses():
     """Where the error is: the loss of networks in each of three stages; same images, noises and levels for all."""
-    n, where = 1000, ("next to the data", "in the middle", "next to the noise")
+    x0, where = images("fashion10k")[:1000], ("next to the data", "in the middle", "next to the noise")
+    n = len(x0)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))      # any level for any image
     for arm, argv in (("unified, shipped", UNIFIED), ("multistage, shipped", WEIGHTS),
                       ("unified", run("unified", PLAIN)), ("multistage", run("three")),
                       ("one stage a batch", run("by-stage", "--batches stage"))):
         _, net, config, _, device = opened(S, argv)
-        x0, eps, found = images("fashion10k")[:n], noise_for(range(n), (1, config["res"], config["res"])), {}
+        eps, found = noise_for(range(n), x0.shape[1:]), {}
         for name, first, last in zip(where, (stages.T_TRAIN, *EDGES), (*EDGES, 1.0)):
             t = first + (last - first) * (order + 0.5) / n
             parts = [float(stages.training_loss(net, config, *(v.to(device) for v in part))) * len(part[0])

@@ -161,10 +161,10 @@ def profile(net, run):
                     found for key, found in rows.items() if key[0] == kind))] for kind in kinds.values()})
 
 
-def fig7():
+def fig7(n=64):
     """Fig. 7, Appendix A: what changes from step to step, by block and by kind of layer."""
     module, net, config, plan, device = opened(S, f"{WEIGHTS} --method base")
-    found = profile(net, lambda: module.generate(net, config, plan, range(64), device))
+    found = profile(net, lambda: module.generate(net, config, plan, range(n), device))
     note(S, "fig7", "20 guided steps", {kind: f"{mean(v):.4f}" for kind, v in found["kinds"].items()}, **found)
 
 

@@ -49,15 +49,15 @@ def module_of(script):
 
 MODULES = {script: module_of(script) for script in SCRIPTS}
 CLUSTERINGS, *_ = map(experiments.load_script, ("multistage_clusterings", *VARIANTS))
-IMAGES, NETWORKS, READ = {}, {}, common.load_images
+IMAGES, NETWORKS, READ, FEW = {}, {}, common.load_images, 40
 
 
 def few_images(name, res=32, *args, **kwargs):
-    """40 images of a data set, of 8 classes."""
-    if name not in IMAGES:
+    """FEW images of a data set, of 8 classes."""
+    if (name, FEW) not in IMAGES:
         x, y, captions = READ("fashion10k" if name == "fashion" else name, res)
-        IMAGES[name] = x[:40].clone(), y[:40] % 8, captions[:8]
-    return IMAGES[name]
+        IMAGES[name, FEW] = x[:FEW].clone(), y[:FEW] % 8, captions[:8]
+    return IMAGES[name, FEW]
 
 
 def tiny(script, argv, path):
@@ -151,8 +151,20 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setattr(CLUSTERINGS.gradient_affinity, "__defaults__", (9, 2, 0))
     monkeypatch.setattr(experiments.grid, "__defaults__", (1,))
     monkeypatch.setattr(MODULES["postdiff"].fig7, "__defaults__", (1,))
+    monkeypatch.setattr(MODULES["multistage"].cluster_speed, "__defaults__", (20, 30))
     monkeypatch.setattr(many, "cluster_timesteps", lambda method, n, x: ([(i + 1) / n for i in range(n - 1)], {}))
     return measured
+
+
+class Sampled(torch.nn.Conv2d):
+    """In place of diffusers' UNet2DModel, whose import takes seconds."""
+
+    def __init__(self, in_channels, out_channels, block_out_channels, **options):
+        assert len(block_out_channels) == len(options["down_block_types"]) == len(options["up_block_types"])
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x, t):
+        return types.SimpleNamespace(sample=super().forward(x))
 
 
 def rows_of(folder):
@@ -177,7 +189,7 @@ def test_experiment(lab, script, name, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "load_script", lambda name: mock.Mock())
         monkeypatch.setattr(experiments, "load_script", lambda name: mock.Mock(__file__=__file__))
     if (script, name) == ("c2f_trd", "speed"):
-        pytest.importorskip("diffusers")
+        monkeypatch.setitem(sys.modules, "diffusers", mock.Mock(UNet2DModel=Sampled))
     with contextlib.redirect_stdout(None):
         experiments.main(module.FUNCTIONS, [name])
     if name == "samples":
@@ -222,6 +234,23 @@ def test_real_conditions_are_real_images(lab):
         assert min(float((z / 2 - v).abs().max()) for v in small[y == c]) < 1e-4   # scaled by 1 / sqrt(.25)
 
 
+def test_record_measures(lab, tmp_path, monkeypatch):
+    """Nothing is a stub but the data: the line has what evaluate.py measures, the arm, the cells, another plan."""
+    monkeypatch.setattr(experiments, "measure", evaluate.measure)
+    monkeypatch.setitem(globals(), "FEW", 140)                 # more than the extractor's 128 features
+    for name, value in dict(load_images=few_images, REFERENCES={}, COUNTED={}).items():
+        monkeypatch.setattr(evaluate, name, value)
+    with contextlib.redirect_stdout(None):
+        rows = experiments.record("c2f_trd", "x", MODULES["c2f_trd"].command("base", "ddim", 3), "arm", seeds=2, n=140,
+                                  change=lambda plan: dict(plan, high_taus=[900]),
+                                  cells=lambda net, config, plan, device: dict(K=len(plan["high_taus"])), more=5)
+    assert rows_of(tmp_path / "results" / "c2f_trd") == json.loads(json.dumps(rows))
+    assert [row["seed"] for row in rows] == [0, 1]
+    for row in rows:
+        assert set(FIELDS) <= set(row) and (row["arm"], row["cells"], row["more"]) == ("arm", {"K": 1}, 5)
+        assert row["nfe"] == 1 and row["fd"] > 0 and row["config"]["checkpoint"] == "weights/c2f_trd/base.pt"
+
+
 def test_training_macs(lab):
     """Against a count on the meta device by hand; iters_for divides a budget by them."""
     low = experiments.load_script("lowdiff")
@@ -249,6 +278,11 @@ def test_trained(tmp_path, monkeypatch):
         assert torch.load(path, weights_only=True)["step"] == 3
         before = path.read_bytes()
         assert experiments.trained("c2f_trd", "x", argv, macs) == path and path.read_bytes() == before
+        saved = torch.load(path, weights_only=True)
+        saved["config"]["iters"] = 5
+        torch.save(saved, path)
+        experiments.trained("c2f_trd", "x", argv, macs)
+        assert torch.load(path, weights_only=True)["step"] == 5
     with pytest.raises(ValueError, match="--ch"):
         experiments.trained("c2f_trd", "y", "--ch 1")
 
@@ -311,7 +345,8 @@ def test_cells_without_fd(tmp_path):
 
 def arms(off, method, plain=None, **fields):
     rows = [("off switch", off, 100), ("method", method, 10)] + ([("best plain", plain, 10)] if plain else [])
-    return {arm: [dict(line(arm, fd=fd), macs_per_image=m, speedup=1.6, caption_score=.4, **fields)] for arm, fd, m in rows}
+    return {arm: [dict(line(arm, fd=fd), macs_per_image=m, speedup=1.6, caption_score=.4, **fields)]
+            for arm, fd, m in rows}
 
 
 @pytest.mark.parametrize("script, found, met", [

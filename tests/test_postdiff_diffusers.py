@@ -126,6 +126,7 @@ def tiny(kind, dtype=torch.float32, batch=2, seed=0):
 
 
 SCHEDULERS = {"ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+              "ddpm": lambda: diffusers.DDPMScheduler(clip_sample=False),
               "euler": lambda: diffusers.EulerDiscreteScheduler(use_karras_sigmas=True),
               "ancestral": diffusers.EulerAncestralDiscreteScheduler,
               "dpm++ 2m": lambda: diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True),
@@ -509,6 +510,18 @@ def test_offloading_before_and_after():
     assert torch.equal(case.run(num_inference_steps=4), expected)
     handle.remove()
     assert torch.equal(case.run(num_inference_steps=4), plain) and hasattr(case.network, "_hf_hook")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_group_offloading(before):
+    """diffusers' own offloading puts hooks into the same registry."""
+    case, cpu = tiny("sd"), torch.device("cpu")
+    with pd.postdiff(case.pipe):
+        expected = case.run(num_inference_steps=4)
+    handle = None if before else pd.apply_postdiff(case.pipe)
+    case.network.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    handle = handle or pd.apply_postdiff(case.pipe)
+    assert torch.equal(case.run(num_inference_steps=4), expected) and not handle.log[1].full
 
 
 COMPILED = [("sd", way, before) for way in ("torch.compile", "module.compile", "blocks") for before in (True, False)]

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch.distributed.run
 
+import common
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("results/*/README.md"))]
+sys.path.append(str(ROOT / "variants"))
 pytestmark = pytest.mark.skipif(not README.exists(), reason="no README.md")
 
 
@@ -55,6 +58,30 @@ def is_placeholder(word):
     return re.fullmatch(r"[A-Z_]+", word) is not None
 
 
+def parse(name, argv):
+    """A command line of a script as the script reads it; files that it names are there."""
+    argv = [str(ROOT / "data") if word == "FOLDER" else word for word in argv]
+    module = importlib.import_module(name)
+    if not hasattr(module, "CONFIG"):
+        return
+    config = common.parse_config(name, module.CONFIG, module.__doc__, argv)
+    for key in ("checkpoint", "init", "data"):
+        value = config.get(key) or ""
+        if "/" in value and not value.startswith(("runs/", "/")) and not is_placeholder(value):
+            assert (ROOT / value).exists(), value
+
+
+def evaluate_options(words):
+    """Options of results/evaluate.py itself, and the rest, which are a script's."""
+    values = ("--n", "--seeds", "--data", "--inception", "--extractor", "--against", "--experiment", "--arm", "--results")
+    own, rest, i = [], [], 0
+    while i < len(words):
+        k = 2 if words[i] in values else 1
+        (own if words[i] in (*values, "--per-class", "--speed") else rest).extend(words[i:i + k])
+        i += k
+    return own, rest
+
+
 @pytest.mark.parametrize("where, command", list(commands()), ids=lambda v: " ".join(v) if isinstance(v, list) else v)
 def test_command(where, command):
     program, *words = command
@@ -71,20 +98,26 @@ def test_command(where, command):
     elif program == "python":
         script = ROOT / words[0]
         assert script.is_file()
-        if script.parent == ROOT:
-            args = importlib.import_module(script.stem).get_args(words[1:])    # SystemExit: does not parse
-            for name in ("checkpoint", "plan", "inception", "data"):
-                value = getattr(args, name, None) or ""
-                if "/" in value and not value.startswith(("runs/", "/")) and not is_placeholder(value):
-                    assert (ROOT / value).exists(), value
+        if script.parent in (ROOT, ROOT / "variants") and words[1:]:
+            parse(script.stem, words[1:])
+        elif words[0] == "results/evaluate.py":
+            own, rest = evaluate_options(words[2:])
+            parse(words[1], [*rest, "--sample"])
+        elif words[0].endswith("experiments.py"):
+            functions = re.findall(r"^def (\w+)", script.read_text(), re.M)
+            assert set(words[1:]) <= set(functions)
+        elif words[0] == "results/ledger.py":
+            assert (ROOT / "results" / words[1] / "ledger.py").is_file()
     else:
         assert program in ("git", "cd", "mkdir", "curl", "apt", "grep"), f"what is {program}?"
 
 
 def test_there_are_commands():
     found = [" ".join(command) for where, command in commands() if where == "README.md"]
-    for action in ("--sample", "--train", "--search", "--evaluate", "--ledger", "-m pytest"):
+    for action in ("--sample", "--train", "evaluate.py", "ledger.py", "-m pytest"):
         assert any(action in command for command in found), action
+    with pytest.raises(ValueError, match="no-such-option"):
+        parse("c2f_trd", ["--sample", "--no-such-option"])
 
 
 def test_links():
@@ -95,12 +128,11 @@ def test_links():
 
 
 def test_tables_are_what_the_report_makes(tmp_path):
-    """Every table of the READMEs comes out of results.jsonl and the logs; an edited cell is put right."""
+    """Every table of the READMEs comes out of results.jsonl and the ledgers; an edited cell is put right."""
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
     text = README.read_text()
-    assert "% of the MACs |" in text
-    (tmp_path / "README.md").write_text(text.replace("% of the MACs |", "% of nothing |"))
+    assert "| multistage | Table 5, 1: total: parameters, M | 237 |" in text
+    (tmp_path / "README.md").write_text(text.replace("parameters, M | 237 |", "parameters, M | 238 |"))
     run = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
     result = subprocess.run([sys.executable, "-c", run, tmp_path / "results" / "report.py"], capture_output=True,
                             text=True, env=dict(os.environ, PYTHONPATH=str(tmp_path / "results")), timeout=300)

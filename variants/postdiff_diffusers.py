@@ -126,7 +126,7 @@ def check_scheduler(pipe, s, mu):
     """ValueError with the line that mends it, if s > 0 and the scheduler gives no x0_hat in every step."""
     name, config, kind = type(pipe.scheduler).__name__, pipe.scheduler.config, type(pipe).__name__
     fits = name.removesuffix("Scheduler") in SCHEDULERS.split() and (
-        "++" in config.algorithm_type if "DPM" in name else "UniPC" not in name or config.predict_x0)
+        "++" in config.algorithm_type if name[:3] == "DPM" else "UniPC" not in name or config.predict_x0)
     mend = ("LCM", "") if kind.startswith("Latent") else ("DDIM", ", clip_sample=False")
     if kind.startswith("StableDiffusion3"):  # a shift by size would be that of the low size (D20)
         mend = "FlowMatchEulerDiscrete", ", use_dynamic_shifting=False"
@@ -246,8 +246,8 @@ def apply_postdiff(pipe, s=None, m=None, k=None, beta=None, depth=None, choice=N
     """PostDiff on `pipe` until .remove() of what this gives. None: the paper's setting for this class of pipeline.
 
     s, m: shares of the steps, low and guided; beta: low / full side; k, depth: DeepCache's interval and branch; choice
-    of what is frozen of [null, text]: cond, uncond, ave, cfg (w: its weight, or the call's), none; log: gets each call's
-    table. ValueError: what does not fit, now or in a call."""
+    of what is frozen of [null, text]: cond, uncond, ave, cfg (w: its weight, or the call's), none; log: gets the
+    table of a call. ValueError: what does not fit, now or in a call."""
     given, plain = dict(locals()), type(pipe)
     need(not hasattr(pipe, "postdiff"), "PostDiff is on already: call pipe.postdiff.remove() first")
     need(plain.__name__ in SETTINGS, f"PostDiff knows {', '.join(SETTINGS)}, not {plain.__name__}")

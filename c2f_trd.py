@@ -410,7 +410,7 @@ def sample(net, config, plan, seeds, device):
 # ---------------------------------------------------------------------------------------------
 def cut_index(x, share=VARIANCE):
     """Smallest number of principal components that hold `share` of the variance of x (n, C, H, W)."""
-    x = x.flatten(1).double().cpu()
+    x = x.flatten(1).cpu().double()
     x = x - x.mean(0)
     gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T                     # same eigenvalues
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cumsum(0)

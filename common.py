@@ -82,7 +82,7 @@ def parse_config(script, groups, doc, argv=None):
             fail(f"{option} goes with --train: a checkpoint brings its own")
         if group == "method" and not (config["search"] or config["sample"]):
             fail(f"{option} goes with --search or --sample")
-        if config["resume"] and group in ("network", "training") and key not in CHANGEABLE:
+        if config["resume"] and (group in ("network", "training") and key not in CHANGEABLE or key == "seed"):
             fail(f"{option} cannot change in a run: leave it out beside --resume, or train anew")
     if not (config["train"] or config["search"] or config["sample"]):
         fail("nothing to do: give --train, --search or --sample")
@@ -499,7 +499,7 @@ def begin_run(script, config, groups, device, world):
     there = (out / "checkpoint.pt").exists()
     if config["resume"]:
         saved = load_checkpoint(out / "checkpoint.pt", script)
-        config = {**config, **saved["config"], **{k: config[k] for k in given}}
+        config = {**config, **saved["config"], **{k: config[k] for k in given | {"out"}}}
         if saved["step"] >= config["iters"]:
             raise ValueError(f"--resume: {out} is finished, {saved['step']} steps: give more --iters to go on")
     elif there:
@@ -655,7 +655,7 @@ def extract(extractor, x, batch=250):
     """uint8 images (N, C, R, R) -> features float64 (N, width) and second outputs (N, ...), on CPU."""
     device = next(extractor.parameters()).device
     parts = [extractor(part.to(device)) for part in x.split(batch)]
-    return torch.cat([p[0] for p in parts]).double().cpu(), torch.cat([p[1] for p in parts]).cpu()
+    return torch.cat([p[0] for p in parts]).cpu().double(), torch.cat([p[1] for p in parts]).cpu()
 
 
 def feature_stats(features):

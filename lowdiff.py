@@ -7,7 +7,7 @@ all resolutions in each step, as fast as a cascade and as small as its largest m
 
     python lowdiff.py --sample                               # 64 images from the shipped weights, in seconds
     python lowdiff.py --sample --checkpoint weights/lowdiff/edm.pt          # off switch: plain EDM
-    python lowdiff.py --sample --steps 18 9 --truncate 21 --checkpoint weights/lowdiff/two.pt     # another plan
+    python lowdiff.py --sample --steps 18 12 9 --truncate 20 15              # another plan
     python lowdiff.py --train --out runs/lowdiff             # 8 -> 16 -> 32, from scratch
     python lowdiff.py --train --stages 32 --out runs/edm     # off switch: EDM is one stage
     python lowdiff.py --search --sample                      # Appendix C: where to stop each stage, by FD

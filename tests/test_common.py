@@ -878,12 +878,6 @@ def test_gather_puts_shares_back(monkeypatch, n, world):
     assert gather(x[0::world], world).equal(x)
 
 
-def test_noise_for_no_seeds():
-    """A process's share may be empty: one image, two processes."""
-    assert noise_for([], (3, 4, 4)).shape == (0, 3, 4, 4)
-    assert [z.shape for z in noise_for([], (3, 4, 4), (1, 2, 2))] == [(0, 3, 4, 4), (0, 1, 2, 2)]
-
-
 def test_run_main_says_what_a_user_can_mend_in_one_line(capsys):
     for error in (ValueError("--lr is wrong"), OSError("no file a.pt")):
         with pytest.raises(SystemExit) as stopped:

@@ -298,7 +298,8 @@ def test_command_line(checkpoints, few, tmp_path, monkeypatch, capsys):
     """Two seeds, class by class, in turn with the off switch: what is printed and appended."""
     monkeypatch.setattr(evaluate, "SPEED_RUNS", 2)
     monkeypatch.setattr(evaluate, "SPEED_BATCH", 16)
-    plan = dict(C2F, step=3, t_star=300)                       # as if it had been searched
+    network = common.digest(common.load_checkpoint(checkpoints["c2f"], "c2f_trd")["ema"])
+    plan = dict(C2F, step=3, network=network, t_star=300)      # as if it had been searched
     name = c2f_trd.plan_path(dict(method="c2f", solver="dpm2", start="exclusive", steps=2, low_steps=3, t_star=0), "")
     common.save_json(checkpoints["c2f"].parent / name.name, plan)
     base = f"{checkpoints['base']} --method base --solver ddim --steps 4 --out {tmp_path / 'base'}"

@@ -73,7 +73,8 @@ def parse(name, argv):
 
 def evaluate_options(words):
     """Options of results/evaluate.py itself, and the rest, which are a script's."""
-    values = ("--n", "--seeds", "--data", "--inception", "--extractor", "--against", "--experiment", "--arm", "--results")
+    values = ("--n", "--seeds", "--data", "--inception", "--extractor", "--against", "--experiment", "--arm",
+              "--results")
     own, rest, i = [], [], 0
     while i < len(words):
         k = 2 if words[i] in values else 1

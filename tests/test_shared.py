@@ -17,7 +17,7 @@ from in_process import SCRIPTS, TINY, start_script
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("c2f_trd", "lowdiff", "multistage", "postdiff")
 SAME = ("timestep_embedding", "ResBlock", "Attention", "down", "up", "sample", "train", "load_net", "main")
-BUDGETS = {**dict.fromkeys(NAMES, (660, 36_500)), "common": (690, 37_500), "a variant": (350, 18_000)}    # lines, bytes
+BUDGETS = {**dict.fromkeys(NAMES, (660, 36_700)), "common": (690, 37_500), "a variant": (350, 18_000)}    # lines, bytes
 BANNERS = ["Network", "Method", "Data and loss", "Samplers", "Search", "Train", "Main"]
 RULE = "# " + 93 * "-"
 

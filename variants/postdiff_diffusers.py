@@ -128,7 +128,7 @@ def check_scheduler(pipe, s, mu):
     fits = name.removesuffix("Scheduler") in SCHEDULERS.split() and (
         "++" in config.algorithm_type if name[:3] == "DPM" else "UniPC" not in name or config.predict_x0)
     mend = ("LCM", "") if kind.startswith("Latent") else ("DDIM", ", clip_sample=False")
-    if kind.startswith("StableDiffusion3"):  # a shift by size would be that of the low size (D20)
+    if kind.startswith("StableDiffusion3"):  # a shift by size would be the low size's (D20)
         mend = "FlowMatchEulerDiscrete", ", use_dynamic_shifting=False"
         fits = name.startswith(mend[0]) and (mu is not None or not config.use_dynamic_shifting)
     need(fits or not s, "s > 0 needs x0_hat, which {} as set does not give: pipe.scheduler = "

@@ -93,6 +93,8 @@ def tiny(kind, dtype=torch.float32, batch=2, seed=0):
     """A pipeline without text encoders, and run(**options) -> latents (B, 4, 8, 16) of its 8 steps, with a generator
     for each image and guidance 4."""
     name, network, scheduler = make_parts(kind)
+    for key, weight in network.named_parameters():                             # or a text would hardly matter
+        weight.data *= 6 if ".attn2.to" in key and weight.ndim == 2 else 1
     vae = diffusers.AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=4, latent_channels=4,
                                   down_block_types=("DownEncoderBlock2D",) * 2, shift_factor=0.0,
                                   up_block_types=("UpDecoderBlock2D",) * 2)
@@ -186,17 +188,21 @@ def test_deepcache_is_the_package(kind, depth, k):
     helper.disable()
 
 
-@pytest.mark.parametrize("kind", ["sd", "pixart"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart"])
 def test_guidance_dropped_is_the_package(kind):
-    """T-GATE freezes the average; its loop gives the same images up to rounding."""
+    """T-GATE freezes the average. SDXL: one pooled text for both, as it takes the null one after the gate (D7)."""
     tgate = pytest.importorskip("tgate")
     case = tiny(kind)
-    loader, gate = {"sd": tgate.TgateSDLoader, "pixart": tgate.TgatePixArtAlphaLoader}[kind], 5
+    if kind == "sdxl":
+        case.call["negative_pooled_prompt_embeds"] = case.call["pooled_prompt_embeds"]
+    loader, gate = getattr(tgate, {"sd": "TgateSDLoader", "sdxl": "TgateSDXLLoader",
+                                   "pixart": "TgatePixArtAlphaLoader"}[kind]), 5
     with pd.postdiff(case.pipe, s=0, k=1, m=gate / 8, choice="ave"):
         ours = case.run()
-    theirs = loader(copy.deepcopy(case.pipe), gate_step=gate, num_inference_steps=8)
-    options = {**case.call, "generator": [torch.Generator().manual_seed(i) for i in range(2)], "gate_step": gate}
-    assert distance(theirs.tgate(**options).images, ours) < 1e-4
+    theirs = loader(tiny(kind).pipe, gate_step=gate, num_inference_steps=8)
+    options = {**case.call, "generator": [torch.Generator().manual_seed(i) for i in range(2)], "gate_step": gate,
+               "sp_interval": 1, "fi_interval": 1, "warm_up": 0}               # no caches of self-attention
+    assert torch.equal(theirs.tgate(**options).images, ours) and not torch.equal(ours, case.run())
 
 
 def alpha_sigma(scheduler, i):
@@ -290,8 +296,8 @@ def test_weight_of_the_frozen_pair():
     assert distance(images["cfg", 1.0], images["cond", None]) < 1e-5
     assert distance(images["cfg", 0.0], images["uncond", None]) < 1e-5
     assert distance(images["cfg", 0.5], images["ave", None]) < 1e-5
+    assert min(distance(images["cond", None], images[key]) for key in (("uncond", None), ("ave", None))) > 1e-3
     assert torch.equal(images["cfg", 4.0], images["cfg", None])
-    assert len({image.sum().item() for image in images.values()}) > 3
 
 
 def test_token_grid():
@@ -361,13 +367,18 @@ def test_pipelines_that_share_parts(case):
         assert torch.equal(case.run(num_inference_steps=4), expected) and len(handle.log) == 4
 
 
-def test_a_copy_of_a_hooked_network_is_refused():
-    """diffusers' hooks of a copied module call the module that it was copied from."""
+def test_copies():
+    """A copy, made while PostDiff is on or later, calls its own modules, whatever is done to the original."""
     case = tiny("sd")
     with pd.postdiff(case.pipe):
-        case.run(num_inference_steps=4)
-        with pytest.raises(ValueError, match="copy it before"):
-            case.run(copy.deepcopy(case.pipe), num_inference_steps=4)
+        expected = case.run(num_inference_steps=4)
+        during = copy.deepcopy(case.pipe)
+        assert torch.equal(case.run(during, num_inference_steps=4), expected)
+    plain, after = case.run(num_inference_steps=4), copy.deepcopy(case.pipe)
+    for weight in case.network.parameters():
+        weight.data.zero_()
+    assert torch.equal(case.run(during, num_inference_steps=4), expected)
+    assert torch.equal(case.run(after, num_inference_steps=4), plain)
 
 
 def test_a_pipeline_is_saved_under_its_own_name(tmp_path):
@@ -457,11 +468,14 @@ def test_images_of_a_batch_do_not_see_each_other(case):
 # ---------------------------------------------------------------------------------------------
 def test_slicing_before_and_after():
     """Other processors of the attentions change nothing; those that are set after apply_postdiff stay."""
-    case = tiny("sd")
-    with pd.postdiff(case.pipe):
+    case, plan = tiny("sd"), dict(s=0, m=0.25)
+    with pd.postdiff(case.pipe, **plan, choice="none"):
+        thawed = case.run()
+    with pd.postdiff(case.pipe, **plan):
         expected = case.run()
+    assert distance(thawed, expected) > 1e-3
     case.pipe.enable_attention_slicing(1)
-    with pd.postdiff(case.pipe) as handle:
+    with pd.postdiff(case.pipe, **plan) as handle:
         assert distance(case.run(), expected) < 1e-4 and handle.log[-1].frozen
         case.pipe.disable_attention_slicing()
         assert distance(case.run(), expected) < 1e-4

@@ -1,13 +1,13 @@
-"""PostDiff (arXiv 2508.06160) on pipelines of diffusers: cheaper denoising steps, no training. How to use it, also as a
-command, and D1, D2, ...: results/diffusers/README.md.
+"""PostDiff (arXiv 2508.06160) on pipelines of diffusers: cheaper denoising steps, no training. Copy this file beside
+your program. How to use it, also as a command, and D1, D2, ...: results/diffusers/README.md.
 
     with postdiff(pipe):  # or handle = apply_postdiff(pipe) ... handle.remove()
         image = pipe("a fox", num_inference_steps=20).images[0]
 
-The pipeline becomes an instance of a subclass, whose __call__ takes hold of the scheduler and network that it finds and
-lets go however it ends. Deep blocks and cross-attentions have hooks of diffusers' HookRegistry, idle between calls; not
-the network: accelerate exchanges its `forward` in a call, compile() would compile the hook. No use: callbacks (no
-x0_hat; PixArt has none), diffusers' caches (no change of size; U-Nets have no CacheMixin)."""
+The pipeline becomes an instance of a subclass, whose __call__ takes hold of the scheduler and network that it finds,
+and lets go however it ends. Why not diffusers' own means: the copy of a module in its HookRegistry calls the original,
+and one hook removed disables the next; its caches allow no change of size, and U-Nets have no CacheMixin; callbacks
+get no x0_hat, and PixArt has none."""
 import argparse
 import contextlib
 import functools
@@ -88,20 +88,21 @@ class CrossCache:
         return self.out
 
 
-def ask(hook, module, *args, **kwargs):
-    forward = hook.fn_ref.original_forward
-    return hook.cache(forward, *args, **kwargs) if hook.cache else forward(*args, **kwargs)
+class Hook:
+    """In place of a module's forward: asks `cache`, if a call has put one there. It stays on the module, idle, since
+    compiled code would be compiled anew for another; copies of the module have copies of it."""
+
+    def __init__(self, forward):
+        self.forward, self.cache = forward, None
+
+    def __call__(self, *args, **kwargs):
+        return self.cache(self.forward, *args, **kwargs) if self.cache else self.forward(*args, **kwargs)
 
 
 def hook_of(module):
-    """Its hook, which asks `cache` in place of its forward, and stays: else all would be compiled each time."""
-    from diffusers.hooks import HookRegistry, ModelHook
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    if not registry.get_hook("postdiff"):
-        hook = ModelHook()
-        hook.cache, hook.new_forward = None, functools.partial(ask, hook)
-        registry.register_hook(hook, "postdiff")
-    return registry.get_hook("postdiff")
+    if not isinstance(module.forward, Hook):
+        module.forward = Hook(module.forward)
+    return module.forward
 
 
 @contextlib.contextmanager
@@ -213,8 +214,6 @@ class Run:
         self.age, self.input = self.age + 1 if self.shallow else 1, x.shape
         self.log.append(Pass(self.i, len(x), *self.size, not self.shallow, pairs and not late, self.frozen))
         out = self.forward(*args, **kwargs)
-        need(all("out" in vars(cache) for cache in self.deep + self.cross),
-             "the network has lost its hooks, as a copy does: copy it before apply_postdiff")
         return tree_map(lambda o: torch.cat([o, o]), out) if late and pairs else out  # u + w (c - u) = c
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):

@@ -302,7 +302,7 @@ def main():
     import diffusers
     from torch.utils.flop_counter import FlopCounterMode
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(args.path, torch_dtype=dtype).to(device)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(args.path, dtype=dtype).to(device)
     if "PNDM" in type(pipe.scheduler).__name__:
         print("PNDM gives no x0_hat: DDIM makes both")
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)

@@ -43,8 +43,7 @@ HERE = Path(__file__).resolve().parent
 # ---------------------------------------------------------------------------------------------
 ACTIONS = dict(train="train a network into --out", search="the paper's search: writes a plan into --out",
                sample="images into --out/samples.png", resume="with --train: go on with the run in --out")
-CHANGEABLE = ("data", "lr", "iters", "save_every")             # beside --resume; all else of a network and its training
-                                                               # is the run's own
+CHANGEABLE = ("data", "lr", "iters", "save_every")             # beside --resume; all else is the run's own
 
 
 def parse_config(script, groups, doc, argv=None):
@@ -508,6 +507,8 @@ def begin_run(script, config, groups, device, world):
         saved = load_checkpoint(config["init"], script) if config["init"] else {}
         first = saved.get("config", {})
         config = {**config, **{k: first[k] for k in groups["network"] if k in first and k not in given}}
+    if config["ch"] % 2 or config["ch"] % min(32, config["ch"] // 4):
+        raise ValueError(f"--ch {config['ch']} must be a multiple of 4, above 128 of 32")
     if config["batch"] % world:
         raise ValueError(f"--batch {config['batch']} does not divide among {world} processes")
     if config["precision"] == "auto":

@@ -673,6 +673,27 @@ def test_resume_is_with_the_configuration_of_the_run(tmp_path):
         begin(f"--train --resume --out {tmp_path / 'none'}")
 
 
+@pytest.mark.parametrize("ch, fits", [(4, True), (24, True), (128, True), (160, True), (5, False), (9, False),
+                                      (25, False), (132, False), (150, False)])
+def test_widths_that_the_norms_cannot_divide(tmp_path, ch, fits):
+    """What begin_run lets pass is what GroupNorm and the time embedding can do."""
+    import c2f_trd
+    config = dict(out=str(tmp_path), given=set(), resume=False, init="", batch=4, precision="fp32", ch=ch, channels=1,
+                  mult=[1, 2], blocks=1, attention=[1], patch=1, low=0)
+
+    def works():
+        c2f_trd.build_net(config)(torch.zeros(1, 1, 8, 8), torch.zeros(1))
+        return begin_run("x", config, dict(network={}, training={}), torch.device("cpu"), 1)
+
+    if fits:
+        assert works()[0]["ch"] == ch
+    else:
+        with pytest.raises(ValueError, match=f"--ch {ch} must be"):
+            begin_run("x", config, dict(network={}, training={}), torch.device("cpu"), 1)
+        with pytest.raises((ValueError, RuntimeError)):
+            works()
+
+
 def test_a_run_that_was_moved_is_resumed_where_it_is(tmp_path):
     config, _ = begin(f"--train --out {tmp_path / 'a'} --precision fp32")
     save(config)

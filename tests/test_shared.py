@@ -17,7 +17,9 @@ from in_process import SCRIPTS, TINY, start_script
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("c2f_trd", "lowdiff", "multistage", "postdiff")
 SAME = ("timestep_embedding", "ResBlock", "Attention", "down", "up", "sample", "train", "load_net", "main")
-BUDGETS = {**dict.fromkeys(NAMES, (660, 36_700)), "common": (690, 37_500), "a variant": (350, 18_000)}    # lines, bytes
+# Lines, bytes. Where a file is above its aim (600 lines, 36,000 bytes; common.py 520, 27,000) it may not grow further.
+BUDGETS = {"c2f_trd": (658, 36_610), "lowdiff": (609, 36_000), "multistage": (650, 36_000), "postdiff": (650, 36_000),
+           "common": (690, 37_500), "a variant": (350, 18_000)}
 BANNERS = ["Network", "Method", "Data and loss", "Samplers", "Search", "Train", "Main"]
 RULE = "# " + 93 * "-"
 

@@ -29,10 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (HERE, LossModule, add_noise, autocast, begin_run, digest, gather, linear_alpha_bar,
-                    load_checkpoint, load_images, load_plan, load_weights, locked, noise_for, parse_config, progress,
-                    run_main, save_grid, save_json, save_run, save_samples, scale_and_sigma, start_device, to_float,
-                    to_uint8)
+from common import (LossModule, add_noise, autocast, begin_run, gather, linear_alpha_bar, load_images,
+                    load_plan, load_weights, locked, noise_for, parse_config, progress, restore, run_main, save_grid,
+                    save_json, save_run, save_samples, scale_and_sigma, start_device, to_float, to_uint8)
 
 SCRIPT = "c2f_trd"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
@@ -63,7 +62,7 @@ CONFIG = {
         "ch":         (32, (4, 1024), "base width"),
         "mult":       ([1, 2, 4], (1, 64), "width of each level, in base widths"),
         "blocks":     (1, (1, 16), "residual blocks per level"),
-        "attention":  ([2], (0, 16), "levels with attention"),
+        "attention":  ([2], (-1, 16), "levels with attention; -1: none"),
         "patch":      (1, (1, 8), "pixels per side that are folded into channels"),
         "low":        (0, (0, 1024), "METHOD: side of the low resolution; 0: the base model, of one resolution"),
     },
@@ -623,16 +622,7 @@ def shipped(config):
 def load_net(config, device):
     """The averaged network of --checkpoint, else of the run in --out, else the shipped one; and the configuration with
     what the checkpoint decides."""
-    path = Path(config["checkpoint"] or Path(config["out"]) / "checkpoint.pt")
-    if not config["checkpoint"] and not path.exists():
-        path = HERE / "weights" / SCRIPT / shipped(config)
-    saved = load_checkpoint(path, SCRIPT)
-    mine = {k: v for k, v in config.items() if k not in CONFIG["network"] and k not in CONFIG["training"]}
-    config = {**saved["config"], **mine, "checkpoint": str(path), "step": saved["step"], "digest": digest(saved["ema"])}
-    config["precision"] = "bf16" if config["precision"] == "bf16" else "fp32"
-    net = build_net(config)
-    load_weights(net, saved["ema"], path)
-    print(f"checkpoint: {path}, {saved['step']} steps")
+    net, config = restore(SCRIPT, CONFIG, config, build_net, shipped(config))
     return net.to(device).eval().requires_grad_(False), config
 
 

@@ -12,12 +12,12 @@ import argparse
 import contextlib
 import gzip
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import sys
 import tarfile
+import tempfile
 import textwrap
 import time
 from datetime import timedelta
@@ -87,6 +87,8 @@ def parse_config(script, groups, doc, argv=None):
         fail("nothing to do: give --train, --search or --sample")
     if config["resume"] and not config["train"]:
         fail("--resume goes with --train")
+    if "n" in given and not config["sample"]:
+        fail("--n goes with --sample")
     if config["train"] and "checkpoint" in given:
         fail("--checkpoint is what is searched and sampled: to train on from it give --init, to go on --resume")
     return {**config, "given": set(given)}
@@ -139,13 +141,6 @@ def find_data_file(name, url=None, root=HERE / "data"):
     return path
 
 
-def load_idx(path):
-    """The array in a gzipped IDX file (the MNIST format), uint8."""
-    raw = gzip.decompress(path.read_bytes())
-    shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
-
-
 def load_images(name, res=32, root=HERE / "data", channels=None):
     """A data set by name, or a folder of images.
 
@@ -158,7 +153,8 @@ def load_images(name, res=32, root=HERE / "data", channels=None):
     if name in ("fashion10k", "fashion"):
         part, url = ("t10k", None) if name == "fashion10k" else ("train", FASHION_URL)
         files = [f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"]
-        x, y = (load_idx(find_data_file(f, url and url + f, root)) for f in files)
+        x, y = (gzip.decompress(find_data_file(f, url and url + f, root).read_bytes()) for f in files)
+        x, y = np.frombuffer(x, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(y, np.uint8, offset=8)
         x = np.pad(x, ((0, 0), (2, 2), (2, 2)))[:, None]                       # 28 -> 32
         captions = list(FASHION_CLASSES)
     elif name == "cifar10":
@@ -360,14 +356,6 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def copy_of(script):
-    """A copy of a script's module, whose functions a file of variants/ may replace without touching the script's."""
-    spec = importlib.util.spec_from_file_location(f"copy of {script}", HERE / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class LossModule(nn.Module):
     """training_loss(net, config, *batch) as a module: DistributedDataParallel wants one forward call a step."""
 
@@ -391,7 +379,7 @@ def progress(items, title, unit=1, every=15.0, note=lambda: ""):
         if not quiet and (now - shown > (0.5 if tty else every) or (done == total and now - start > 2)):
             rate, shown = done / (now - start), now
             left = str(timedelta(seconds=int((total - done) / rate))).rjust(8, "0")
-            line = f"{title} {done}/{total}  {rate * unit:.1f} images/s  {left} left  {note()}"
+            line = f"{title} {done}/{total}  {rate * unit:.1f}{' images' if unit > 1 else ''}/s  {left} left  {note()}"
             end = "\r" if tty and done < total else "\n"
             print(line.ljust(78) if tty else line, end=end, file=sys.stderr, flush=True)
 
@@ -413,6 +401,15 @@ def write_atomically(path, write):
         raise OSError(f"cannot write {path}: {' '.join(str(error).split())}") from None
 
 
+def check_folder(folder):
+    """Makes a folder, if need be, and raises OSError with one line if no file can be written into it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"cannot write into {folder} ({error.strerror}): choose another --out") from None
+
+
 def save_json(path, value):
     """A dict or list as JSON, one entry a line; written atomically."""
     named = isinstance(value, dict)
@@ -426,10 +423,11 @@ def load_plan(path, *keys):
     """A plan, a dict with these keys, from JSON. Raises OSError or ValueError with one line."""
     try:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
-        assert isinstance(plan, dict) and set(keys) <= set(plan)
-        return plan
-    except (ValueError, AssertionError):                       # not UTF-8, not JSON, not a plan
-        raise ValueError(f"{path} is damaged or no plan: delete it, and --search anew") from None
+    except ValueError:                                         # not UTF-8, not JSON
+        plan = None
+    if not isinstance(plan, dict) or not set(keys) <= set(plan):
+        raise ValueError(f"{path} is damaged or no plan: delete it, and --search anew")
+    return plan
 
 
 @contextlib.contextmanager
@@ -471,6 +469,28 @@ def load_checkpoint(path, script):
     return saved
 
 
+def restore(script, groups, config, build_net, shipped):
+    """The averaged network, on the CPU, of --checkpoint, else of the run in --out, else weights/SCRIPT/shipped; and the
+    configuration: what the network and its training had from the checkpoint, the rest from the command line. Raises
+    OSError or ValueError with one line if the checkpoint is of no use or --out cannot be written."""
+    check_folder(config["out"])
+    path = Path(config["checkpoint"] or Path(config["out"]) / "checkpoint.pt")
+    if not config["checkpoint"] and not path.exists():
+        path = HERE / "weights" / script / shipped
+    saved = load_checkpoint(path, script)
+    theirs = groups["network"].keys() | groups["training"].keys()
+    config = {**saved["config"], **{k: v for k, v in config.items() if k not in theirs}, "checkpoint": str(path),
+              "step": saved["step"], "digest": digest(saved["ema"])}
+    config["precision"] = "bf16" if config["precision"] == "bf16" else "fp32"
+    try:
+        net = build_net(config)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its configuration makes no network ({error!r})") from None
+    load_weights(net, saved["ema"], path)
+    print(f"checkpoint: {path}, {saved['step']} steps")
+    return net, config
+
+
 def load_weights(net, state, path, partial=False):
     """Loads a state dict into net. partial: what it lacks stays as the network began (--init: a new embedding). Raises
     ValueError if it does not fit."""
@@ -480,7 +500,8 @@ def load_weights(net, state, path, partial=False):
     except RuntimeError:
         unfit = ["their sizes"]
     if unfit:
-        raise ValueError(f"{path}: weights that do not fit the network of its configuration ({unfit[0]})")
+        whose = "this network: leave out the options that shape it" if partial else "the network of its configuration"
+        raise ValueError(f"{path}: weights that do not fit {whose} ({unfit[0]})")
 
 
 def digest(state):
@@ -495,6 +516,7 @@ def begin_run(script, config, groups, device, world):
     """What a training begins with: the configuration and the checkpoint's dict: of the run in --out (--resume), of
     --init, or {}. An option beside --resume wins over the run's; those of the network come with --init."""
     out, given = Path(config["out"]), config["given"]
+    check_folder(out)
     there = (out / "checkpoint.pt").exists()
     if config["resume"]:
         saved = load_checkpoint(out / "checkpoint.pt", script)
@@ -509,6 +531,8 @@ def begin_run(script, config, groups, device, world):
         config = {**config, **{k: first[k] for k in groups["network"] if k in first and k not in given}}
     if config["ch"] % 2 or config["ch"] % min(32, config["ch"] // 4):
         raise ValueError(f"--ch {config['ch']} must be a multiple of 4, above 128 of 32")
+    if "attention" in given and max(config["attention"]) >= len(config["mult"]):
+        raise ValueError(f"--attention {max(config['attention'])}: --mult has levels 0 to {len(config['mult']) - 1}")
     if config["batch"] % world:
         raise ValueError(f"--batch {config['batch']} does not divide among {world} processes")
     if config["precision"] == "auto":
@@ -522,8 +546,9 @@ def save_run(script, config, step, net, ema, optimizer, losses, begun, rank):
     out, loss = Path(config["out"]), float(torch.stack(losses).mean())
     rate = len(losses) * config["batch"] / (time.time() - begun)
     if not math.isfinite(loss + float(sum(w.detach().sum() for w in net.parameters()))):
-        raise ValueError(f"the loss is not finite at step {step}: go on from the last checkpoint in {out} with --train "
-                         "--resume and a lower --lr")
+        there = (out / "checkpoint.pt").exists()
+        raise ValueError(f"the loss of {out} is not finite at step {step}: "
+                         f"{'go on with --train --resume and' if there else 'train anew with'} a lower --lr")
     if rank > 0:
         return
     keep = {k: v for k, v in config.items() if k != "given" and k not in ACTIONS}
@@ -579,20 +604,13 @@ def save_grid(path, x, columns=8, scale=2, captions=()):
 # ---------------------------------------------------------------------------------------------
 # Cost
 # ---------------------------------------------------------------------------------------------
-def macs_by_operator(fn, *inputs):
-    """Multiply-accumulates of the call fn(*inputs) as {name of torch's operator: MACs}, executed under torch's
-    own counter; see count_macs. On the meta device attention's products are aten.bmm."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        fn(*inputs)
-    counts = counter.get_flop_counts().get("Global", {})                       # none, if nothing was counted
-    return {str(op): n // 2 for op, n in counts.items()}                       # 2 FLOPs a MAC
-
-
 def count_macs(fn, *inputs):
     """Multiply-accumulates of the call fn(*inputs), executed under torch's own counter: convolutions,
     linear layers, attention products. Build fn and inputs on the meta device: nothing is computed, and
     attention counts exactly (on CPU tensors the fused attention kernel reads 0)."""
-    return sum(macs_by_operator(fn, *inputs).values())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fn(*inputs)
+    return counter.get_total_flops() // 2                                      # 2 FLOPs a MAC
 
 
 # ---------------------------------------------------------------------------------------------
@@ -634,12 +652,12 @@ class Extractor(nn.Module):
 
 
 def load_extractor(data, device, root=HERE / "weights"):
-    """The small feature extractor shipped for a data set, and its name in results. Raises OSError or ValueError."""
-    name = dict(fashion10k="fashion", fashion="fashion", **dict.fromkeys(EMOJI, "emoji")).get(data)
-    path = Path(root) / f"extractor_{name}.pt"
+    """The small feature extractor of a data set or folder, and its name in results. Raises OSError or ValueError."""
+    name = dict(fashion10k="fashion", fashion="fashion", cifar10="cifar10", **dict.fromkeys(EMOJI, "emoji")).get(data)
+    path = Path(root) / f"extractor_{name}.pt" if name else Path(data) / "extractor.pt"
     if not path.is_file():
-        raise ValueError(f"no small extractor for '{data}': FD needs --inception PATH of results/evaluate.py, or "
-                         "an extractor made by weights/train_extractor.py")
+        raise ValueError(f"no small extractor for '{data}': make it, `python weights/train_extractor.py {data}`, or "
+                         "give results/evaluate.py --inception PATH")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                # torch raises many kinds for a damaged file
@@ -648,7 +666,7 @@ def load_extractor(data, device, root=HERE / "weights"):
     extractor = Extractor(saved["channels"], saved["words"], saved["patch"])
     extractor.load_state_dict({k: v.float() if v.is_floating_point() else v
                                for k, v in saved["state"].items()})
-    return extractor.to(device).eval().requires_grad_(False), f"small-{name}"
+    return extractor.to(device).eval().requires_grad_(False), f"small-{name or Path(data).name}"
 
 
 @torch.no_grad()

@@ -149,8 +149,8 @@ def measure(module, net, config, plan, n=2000, seed=0, data=None, extractor="sma
         solver=plan.get("solver", getattr(module, "SOLVER", "")), data=data, seed=seed, n=n, extractor=label,
         fd=frechet_distance(feature_stats(features), reference["stats"]), **score, **cost,
         seconds_per_image=seconds / n, device=name, precision=config["precision"], torch=torch.__version__,
-        images_seen=config["step"] * config["batch"], source_sha256=sha256_of(module.__file__), config=short(config),
-        plan=plan), **fields}
+        images_seen=config["step"] * config["batch"], weights_sha256=sha256_of(config["checkpoint"]),
+        source_sha256=sha256_of(module.__file__), config=short(config), plan=plan), **fields}
 
 
 def append_row(path, row=None):

@@ -7,6 +7,7 @@
 A line has an experiment (the function) and an arm; beside what evaluate.py measures it may have `cells`, further
 columns of its table. Networks are the shipped ones, or trained under runs/ when a function asks for them.
 """
+import json
 import os
 import shlex
 import sys
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "results")) if p not in sys.path]
-from evaluate import append_row, load_all, load_script, measure  # noqa: E402
+from evaluate import append_row, cost_of, load_all, load_script, measure  # noqa: E402
 from common import count_macs, parse_config, run_main, save_grid, sha256_of  # noqa: E402
 
 BUDGET = 1.2e14                # forward MACs that train a shipped network
@@ -39,18 +40,33 @@ def opened(script, argv):
 
 def record(script, experiment, argv, arm="", seeds=3, n=2000, change=None, cells=None, **fields):
     """Measures a command line of a script, a variant or a changed copy for some seeds, and appends the lines to the
-    tracked results of the script. change(plan): another plan than the command line's. cells: further columns of the
-    table, or a function of (net, config, plan, device) that gives them. Returns the lines."""
+    tracked results of the script, but for those that they have already: what was broken off goes on. change(plan):
+    another plan than the command line's. cells: further columns of the table, or a function of (net, config, plan,
+    device) that gives them. Returns the lines."""
     module, net, config, plan, device = opened(script, argv)
     plan, rows = change(plan) if change else plan, []
-    cells = cells(net, config, plan, device) if callable(cells) else cells or {}
+    path = folder_of(module.SCRIPT) / "results.jsonl"
+    there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = dict(experiment=experiment, arm=arm or argv, n=n, weights_sha256=sha256_of(config["checkpoint"]),
+                 plan=json.loads(json.dumps(plan)))
+    there = {row["seed"]: row for row in there if all(row.get(k) == v for k, v in known.items())}
+    cells = {} if len(there) >= seeds else cells(net, config, plan, device) if callable(cells) else cells or {}
     for seed in range(seeds):
+        if seed in there:
+            rows.append(there[seed])
+            continue
         row = measure(module, net, config, plan, n, seed, experiment=experiment, arm=arm or argv, cells=cells, **fields)
         print(f"{experiment}, {arm or argv}, seed {seed}: FD[{row['extractor']}]@{n} {row['fd']:.3f}, "
               f"{row['macs_per_image'] / 1e6:,.0f} MMACs an image", flush=True)
-        append_row(folder_of(module.SCRIPT) / "results.jsonl", row)
+        append_row(path, row)
         rows.append(row)
     return rows
+
+
+def macs_of(script, argv):
+    """MACs of an image of a command line of a script."""
+    module, _, config, plan, _ = opened(script, argv)
+    return cost_of(module, config, plan)["macs_per_image"]
 
 
 def note(script, experiment, arm, cells, **fields):

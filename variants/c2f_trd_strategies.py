@@ -18,8 +18,9 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from changed import copy_of  # noqa: E402
 import common  # noqa: E402
-from common import copy_of, run_main  # noqa: E402
+from common import run_main  # noqa: E402
 
 script = copy_of("c2f_trd")
 T, draw_batch_of_all, CHOICES = script.T, script.draw_batch, ("label", "xy", "2T", "2dms")

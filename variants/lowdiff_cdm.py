@@ -15,7 +15,8 @@ from pathlib import Path
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import copy_of, run_main                                           # noqa: E402
+from changed import copy_of  # noqa: E402
+from common import run_main                                           # noqa: E402
 
 script = copy_of("lowdiff")
 lowdiff_net = script.build_net                                                 # one network for all resolutions

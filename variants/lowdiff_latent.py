@@ -20,9 +20,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 0)]
 from autoencoder import Autoencoder, encode_all, get_autoencoder, load  # noqa: E402
-from common import (autocast, copy_of, load_checkpoint, load_images, load_weights, noise_for, run_main,  # noqa: E402
+from changed import copy_of  # noqa: E402
+from common import (autocast, load_checkpoint, load_images, load_weights, noise_for, run_main,  # noqa: E402
                     start_device)
 
 script = copy_of("lowdiff")

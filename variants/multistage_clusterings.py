@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (copy_of, load_checkpoint, load_images, load_weights, progress, run_main, save_json,    # noqa: E402
+from changed import copy_of  # noqa: E402
+from common import (load_checkpoint, load_images, load_weights, progress, run_main, save_json,    # noqa: E402
                     start_device, to_float)
 from multistage import (ALPHA, CLUSTER_SEED, CONFIG, ETA, SAMPLES, T_FIRST, build_net, first_crossing,     # noqa: E402
                         optimal_denoiser, sigma_of, similarity_map, similarity_to_ends, training_loss)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import autocast, copy_of, noise_for, run_main, to_float                                        # noqa: E402
+from changed import copy_of  # noqa: E402
+from common import autocast, noise_for, run_main, to_float                                        # noqa: E402
 from lowdiff import P_MEAN, P_STD, SIGMA_RANGE, denoise, edm_loss, heun_sample, noise_levels               # noqa: E402
 from multistage import sigma_of, stage_of, t_of                                                            # noqa: E402
 

@@ -20,7 +20,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from autoencoder import Autoencoder, encode_all, get_autoencoder, load  # noqa: E402
-from common import (copy_of, load_checkpoint, load_images, load_weights, noise_for, run_main,               # noqa: E402
+from changed import copy_of  # noqa: E402
+from common import (load_checkpoint, load_images, load_weights, noise_for, run_main,               # noqa: E402
                     start_device)
 from multistage import T_END, model_of, scale_of, sigma_of, stage_of  # noqa: E402
 

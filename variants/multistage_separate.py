@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import copy_of, noise_for, run_main, to_float  # noqa: E402
+from changed import copy_of  # noqa: E402
+from common import noise_for, run_main, to_float  # noqa: E402
 from multistage import T_TRAIN, UNet, by_stage, training_loss  # noqa: E402
 
 HELD_OUT = 1000                # images at most, of which early stopping knows how well a network does

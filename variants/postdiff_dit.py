@@ -19,8 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from changed import copy_of  # noqa: E402
 import common  # noqa: E402
-from common import copy_of, run_main  # noqa: E402
+from common import run_main  # noqa: E402
 
 script = copy_of("postdiff")
 

@@ -21,9 +21,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from changed import copy_of  # noqa: E402
 import common  # noqa: E402
 import postdiff  # noqa: E402
-from common import (LossModule, add_noise, copy_of, linear_alpha_bar, load_checkpoint, load_weights,  # noqa: E402
+from common import (LossModule, add_noise, linear_alpha_bar, load_checkpoint, load_weights,  # noqa: E402
                     noise_for, run_main, sha256_of, to_float)
 
 script = copy_of("postdiff")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import (ABLATION, folder_of, load_script, note, opened, parameters, record, start, timed,  # noqa: E402
                          trained, training_macs)
 import lowdiff as low  # noqa: E402
-from common import copy_of, load_images, noise_for, save_grid, to_float  # noqa: E402
+from common import load_images, noise_for, save_grid, to_float  # noqa: E402
 from evaluate import cost_of, measure_speed  # noqa: E402
 
 S = "lowdiff"
@@ -43,8 +43,8 @@ def headline():
     """Results at a glance: EDM, EDM with no fewer MACs than LowDiff's, LowDiff; the last beside EDM by the clock."""
     module, net, config, plan, device = opened(S, EDM)
     speed = measure_speed(module, opened(S, WEIGHTS)[1:4], (net, config, plan), device)
-    off = record(S, "headline", EDM, "off switch", cells=dict(what="EDM, 35 evaluations"))[0]
     method = record(S, "headline", WEIGHTS, "method", cells=dict(what="LowDiff 8-16-32"), **speed)[0]
+    off = record(S, "headline", EDM, "off switch", cells=dict(what="EDM, 35 evaluations"))[0]
     K = math.ceil(method["macs_per_image"] / off["macs_per_image"] * sum(plan["evaluations"]))
     N = K // 2 + 1                                             # the fewest steps with K evaluations or more
     record(S, "headline", f"{EDM} --steps {N}", "best plain", cells=dict(what=f"EDM, {2 * N - 1} evaluations"))
@@ -182,12 +182,11 @@ def choices():
 
 def samples():
     """stages.png: what leaves the 8x8, the 16x16 and the 32x32 stage, from the same seeds; below them EDM."""
-    module, seen = copy_of(S), []
-    cascade = module.cascade_sample
-    module.cascade_sample = lambda stages: seen.extend(images := cascade(stages)) or images
-    for argv in (WEIGHTS, EDM):
-        _, net, config, plan, device = opened(module, argv)
-        module.generate(net, config, plan, range(16), device)
+    seen, cascade = [], low.cascade_sample
+    with mock.patch.object(low, "cascade_sample", lambda stages: seen.extend(images := cascade(stages)) or images):
+        for argv in (WEIGHTS, EDM):
+            module, net, config, plan, device = opened(S, argv)
+            module.generate(net, config, plan, range(16), device)
     save_grid(folder_of(S) / "stages.png", torch.cat([
         F.interpolate(x, size=config["res"], mode="nearest").clamp(-1, 1).float() for x in seen]), columns=16)
 

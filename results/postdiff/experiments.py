@@ -40,8 +40,8 @@ def headline():
     def line(options, arm, what):
         return record(S, "headline", f"{WEIGHTS} {options}", arm, cells=dict(what=what))[0]
 
-    off = line("--method base", "off switch", "DDIM, 20 guided steps")
     method = line("", "method", "PostDiff, 20 steps: s .5, k 2, m .75")
+    off = line("--method base", "off switch", "DDIM, 20 guided steps")
     K, tried = math.ceil(20 * method["macs_per_image"] / off["macs_per_image"] - 1e-9), {}
     for solver in postdiff.ORDER:
         options = f"--method base --solver {solver} --steps {K}"

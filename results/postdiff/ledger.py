@@ -12,8 +12,9 @@ import itertools
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from common import linear_alpha_bar, macs_by_operator
+from common import linear_alpha_bar
 from postdiff import mixed_resolution_sample, uniform_steps
 
 # numbers of mixed_resolution_sample: DC is DeepCache, CA the frozen cross-attentions, m of 20 steps guided
@@ -212,6 +213,14 @@ def diffusers_net(kind):
 # ---------------------------------------------------------------------------------------------
 # Counting
 # ---------------------------------------------------------------------------------------------
+def macs_by_operator(fn):
+    """Multiply-accumulates of the call fn(), executed under torch's own counter: {name of its operator: MACs}."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fn()
+    counts = counter.get_flop_counts().get("Global", {})                       # none, if nothing was counted
+    return {str(op): n // 2 for op, n in counts.items()}                       # 2 FLOPs a MAC
+
+
 def without_attention(macs):
     """The sum of macs_by_operator without attention's products, as the paper's counter has it."""
     return sum(n for name, n in macs.items() if name in ("aten.convolution", "aten.mm", "aten.addmm"))

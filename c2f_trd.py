@@ -3,9 +3,9 @@
 The first steps of a diffusion sampler produce blur: run them at low resolution (C2F). One network does both
 resolutions, told which by a label; t*, the step at which to go from low to high, is where the low-resolution images
 that it predicts have their lowest rank. Then choose the few steps worth taking (TRD): move one step after the other,
-between its neighbours, whenever 16 images come closer to those of 100 steps. Minutes, not days.
+between its neighbours, whenever 16 images come closer to those of 100 steps.
 
-    python c2f_trd.py --sample                               # 64 images from the shipped weights, in seconds
+    python c2f_trd.py --sample                               # 64 images from the shipped weights
     python c2f_trd.py --sample --method base --solver ddim --steps 100      # off switch: plain DDIM
     python c2f_trd.py --search --sample --steps 8            # the paper's search for 8 high-resolution steps
     python c2f_trd.py --train --out runs/base                # the base model, from scratch
@@ -336,11 +336,6 @@ def dpm_solver_pp_sample(eps_model, xt, taus, alpha_bar, order=2, start=0, stop=
     return xt
 
 
-def ddim_sample(eps_model, xt, taus, alpha_bar):
-    """DDIM (eta = 0) over the descending steps taus: DPM-Solver++ of order 1."""
-    return dpm_solver_pp_sample(eps_model, xt, taus, alpha_bar, order=1)
-
-
 def c2f_sample(stages, sequences, alpha_bar, order=1, x0=None):
     """METHOD: III-A1, III-C: denoise at each resolution in turn. stages: [(eps_model, noise), ...], low to high;
     sequences: their taus. Between stages x0 is up-sampled and re-noised to the first step of the next sequence, and
@@ -419,9 +414,8 @@ def cut_index(x, share=VARIANCE):
 def transition_step(eps_model, noise, taus, alpha_bar, share=VARIANCE):
     """METHOD: III-A3: t*, the step at which the low-resolution prediction x0_hat has its lowest rank.
 
-    eps_model: of the low resolution; noise (n, C, r, r), n >= 512 (with few samples t* comes out too high: the rank
-    cannot exceed n - 1); taus: 100 uniform steps. Returns t* (the first reached of equal ranks, D3) and the list of
-    (t, cut index)."""
+    eps_model: of the low resolution; noise (n, C, r, r), n >= 512 (the rank cannot exceed n - 1); taus: 100 uniform
+    steps. Returns t* (the first reached of equal ranks, D3) and the list of (t, cut index)."""
     ranks = []
 
     def note(xt, history):
@@ -507,7 +501,9 @@ def plan_path(config, folder):
 
 
 def check_method(config):
-    """Raises ValueError if the network does not fit --method."""
+    """Raises ValueError if the network or an option does not fit --method."""
+    if "c2f" not in config["method"] and config.get("given", set()) & {"low_steps", "t_star"}:
+        raise ValueError("--low-steps and --t-star are of --method c2f and c2f+trd")
     if bool(config["low"]) != ("c2f" in config["method"]):
         kind = "the base model" if config["low"] else "two resolutions (--train --low 8 --init BASE)"
         raise ValueError(f"--method {config['method']} needs a network of {kind}: name its --checkpoint")

@@ -496,6 +496,16 @@ def plan_of(config):
                 n_guided=share_of(config["m"], K) if cached else K, choice=config["choice"] if cached else "none")
 
 
+def check_options(config):
+    """Raises ValueError for a given option that --method, or the search, does not use."""
+    given, method = config.get("given", set()), config["method"]
+    unused = {"base": {"s", "beta", "k", "m", "choice"}, "mixed": {"k", "m", "choice"}, "cache": {"s", "beta"}}
+    if found := given & unused.get(method, set()):
+        raise ValueError(f"--{min(found)} is of no use to --method {method}")
+    if "s" in given and not config["steps"] or given & {"s", "steps"} and config.get("search"):
+        raise ValueError("--search finds --steps and --s itself: leave them out, or at --steps 0")
+
+
 def plan_path(config, folder):
     """Where a searched plan lies: its name says what made it."""
     keys = ("method", "solver", "beta", "k", "m", "choice", "w")
@@ -504,6 +514,7 @@ def plan_path(config, folder):
 
 def search(net, config, device):
     """METHOD: Sec. 2.4: K and s calibrated by caption score: the plan of --method, written into --out and returned."""
+    check_options(config)
     extractor, name = load_extractor(config["data"], device)
     config, meta = dict(config, prompt=[""]), copy.deepcopy(net).to("meta")
     seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION)
@@ -535,6 +546,7 @@ def describe(plan):
 
 def make_plan(net, config, device):
     """The plan of the options; --steps 0: one that was searched with them and this network, else it is searched now."""
+    check_options(config)
     if config["steps"]:
         return plan_of(config)
     for folder in (Path(config["out"]), Path(config["checkpoint"]).parent):

@@ -145,7 +145,7 @@ def classes():
 def naive_trd(eps_model, noise, taus, x_ref, alpha_bar):
     """TRD as one would write it first: every candidate is sampled anew, one after the other. The steps found."""
     def loss(steps):
-        return float((c2f.ddim_sample(eps_model, noise, steps, alpha_bar) - x_ref).square().mean())
+        return float((c2f.dpm_solver_pp_sample(eps_model, noise, steps, alpha_bar, order=1) - x_ref).square().mean())
 
     taus, best, changed = list(taus), loss(taus), True
     while changed:
@@ -183,7 +183,7 @@ def speed():
     net.requires_grad_(False)
     alpha_bar, begin, same = linear_alpha_bar(c2f.T), c2f.uniform_steps(c2f.T - 1, 5), []
     (stage,), _ = c2f.stages_of(net, config, dict(low_taus=[], high_taus=begin), range(c2f.CALIBRATION), device)
-    x_ref = c2f.ddim_sample(*stage, c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS), alpha_bar)
+    x_ref = c2f.dpm_solver_pp_sample(*stage, c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS), alpha_bar, order=1)
     seconds = timed(lambda: same.append(c2f.trd_search([stage], [begin], x_ref, alpha_bar)[0][0]),
                     lambda: same.append(naive_trd(*stage, begin, x_ref, alpha_bar)), rounds=1)
     row("TRD, 5 steps of DDIM", *seconds, **{"same steps": "yes" if same[0] == same[1] else "no"})

@@ -29,9 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (LossModule, add_noise, autocast, begin_run, gather, linear_alpha_bar, load_images,
-                    load_plan, load_weights, locked, noise_for, parse_config, progress, restore, run_main, save_grid,
-                    save_json, save_run, save_samples, scale_and_sigma, start_device, to_float, to_uint8)
+from common import (LossModule, add_noise, autocast, begin_run, find_plan, gather, linear_alpha_bar, load_images,
+                    load_weights, locked, noise_for, parse_config, progress, restore, run_main, save_grid, save_json,
+                    save_run, save_samples, scale_and_sigma, start_device, to_float, to_uint8)
 
 SCRIPT = "c2f_trd"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
@@ -45,12 +45,13 @@ CALIBRATION_SEED, PCA_SEED = 10 ** 9, 3 * 10 ** 9              # far from sample
 ORDER = {"ddim": 1, "dpm2": 2}                                 # of the solvers; dpm2: DPM-Solver++ 2M
 POWERS = {"inclusive": None, "exclusive": 1}                   # of uniform_steps
 BEST_OF = (None, 1, 1.25, 1.5, 1.75, 2, 2.5)                   # the powers that --start best compares (D12)
+SHIPPED = {"base": "base.pt", "trd": "base.pt"}                # weights of a method, if not weights.pt
 WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
     "run": {
-        "out":        ("runs/c2f_trd", None, "folder of a run: checkpoint, log, plans, samples"),
+        "out":        (f"runs/{SCRIPT}", None, "folder of a run: checkpoint, log, plans, samples"),
         "checkpoint": ("", None, "weights to search and sample; default: the run in --out, else the shipped ones"),
         "device":     ("auto", ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda, mps"),
         "precision":  ("auto", ("auto", "fp32", "bf16"), "auto: bf16 in training if the hardware has it, else fp32"),
@@ -246,14 +247,19 @@ def candidate_steps(taus, i, n=CANDIDATES):
 # ---------------------------------------------------------------------------------------------
 # Data and loss
 # ---------------------------------------------------------------------------------------------
+def check_config(config):
+    """Raises ValueError if the sizes in config do not fit each other."""
+    R, low, multiple = config["res"], config["low"] or config["res"], config["patch"] * 2 ** (len(config["mult"]) - 1)
+    if R % low or low % multiple or low == R and config["low"]:
+        raise ValueError(f"the resolution {R} and --low {low} must be multiples of {multiple} (--mult, --patch), the "
+                         "one of the other")
+
+
 def load_data(config):
     """Images uint8 (N, C, R, R) and classes (N,) of --data; notes their shape in config."""
     x, y, _ = load_images(config["data"], config["res"])
     config.update(channels=x.shape[1], res=x.shape[-1])
-    R, low, multiple = x.shape[-1], config["low"] or x.shape[-1], config["patch"] * 2 ** (len(config["mult"]) - 1)
-    if R % low or low % multiple or low == R and config["low"]:
-        raise ValueError(f"the resolution {R} and --low {low} must be multiples of {multiple} (--mult, --patch), the "
-                         "one of the other")
+    check_config(config)
     if config.get("search") or config.get("sample"):           # after this training
         check_method(config)
     return x, y
@@ -285,7 +291,7 @@ def training_loss(net, config, x0, t, eps):
 
 
 def preview(net, config, device):
-    """32 images of a network in training: ten plain steps."""
+    """32 images of a network in training, by ten steps."""
     plan = dict(solver="dpm2", low_taus=[], high_taus=uniform_steps(T - 1, 10, 1))
     return generate(net, config, plan, range(32), device)
 
@@ -394,7 +400,7 @@ def sample(net, config, plan, seeds, device):
     """uint8 images (n, C, R, R) on the CPU, seed by seed: seed i makes image i, whatever the batch."""
     if not len(seeds):                                         # a process without a share of them
         return sample(net, config, plan, [0], device)[:0]
-    batches = torch.tensor(list(seeds)).split(250)
+    batches = torch.tensor(list(seeds)).split(16 if str(device) == "cpu" else 250)
     return torch.cat([to_uint8(generate(net, config, plan, batch.tolist(), device)).cpu()
                       for batch in progress(batches, "sample", len(batches[0]))])
 
@@ -494,10 +500,10 @@ def trd_search(stages, sequences, x_ref, alpha_bar, order=1, x0=None, n=CANDIDAT
     return sequences, dict(report, seconds=round(time.time() - begun, 2))
 
 
-def plan_path(config, folder):
-    """Where a searched plan lies: its name says what made it."""
+def plan_name(config):
+    """The file of a searched plan: its name says what made it."""
     keys = ["method", "solver", "start", "steps"] + ["low_steps", "t_star"] * ("c2f" in config["method"])
-    return Path(folder) / f"plan_{'_'.join(str(config[k]) for k in keys)}.json"
+    return f"plan_{'_'.join(str(config[k]) for k in keys)}.json"
 
 
 def check_method(config):
@@ -538,7 +544,7 @@ def search(net, config, device):
         print(f"TRD: loss {report['loss'][0]:.3e} -> {report['loss'][-1]:.3e} in {report['seconds']} s")
         plan.update(report)
     plan.update(low_taus=sequences[0] if coarse else [], high_taus=sequences[-1])
-    save_json(plan_path(config, config["out"]), plan)
+    save_json(Path(config["out"]) / plan_name(config), plan)
     return plan
 
 
@@ -551,12 +557,8 @@ def describe(plan):
 def make_plan(net, config, device):
     """The plan of --method: one that was searched with the same options and network, else it is searched now."""
     check_method(config)
-    for folder in (Path(config["out"]), Path(config["checkpoint"]).parent):
-        path = plan_path(config, folder)
-        plan = load_plan(path, "solver", "step", "low_taus", "high_taus") if path.is_file() else {}
-        if (plan.get("step"), plan.get("network")) == (config["step"], config.get("digest")):
-            return plan
-    return search(net, config, device)
+    plan = find_plan(config, plan_name(config), dict(solver="", low_taus=[0], high_taus=[0]))
+    return plan or search(net, config, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -610,15 +612,10 @@ def train(config, device, rank, world):
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
-def shipped(config):
-    """The shipped weights that --sample takes if there is no run in --out."""
-    return "weights.pt" if "c2f" in config["method"] else "base.pt"
-
-
 def load_net(config, device):
     """The averaged network of --checkpoint, else of the run in --out, else the shipped one; and the configuration with
     what the checkpoint decides."""
-    net, config = restore(SCRIPT, CONFIG, config, build_net, shipped(config))
+    net, config = restore(SCRIPT, CONFIG, config, check_config, build_net, SHIPPED)
     return net.to(device).eval().requires_grad_(False), config
 
 

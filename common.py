@@ -71,12 +71,11 @@ def parse_config(script, groups, doc, argv=None):
     given = vars(parser.parse_args(argv))
     config = {**dict.fromkeys(ACTIONS, False), **{key: option[0] for key, option in options.items()}, **given}
     for key in given.keys() & options.keys():
-        _, allowed, _, group = options[key]
-        option, values = f"--{key.replace('_', '-')}", given[key] if isinstance(given[key], list) else [given[key]]
-        if allowed and isinstance(allowed[0], str) and not set(values) <= set(allowed):
-            fail(f"{option} {given[key]}: choose from {', '.join(allowed)}")
-        if allowed and not isinstance(allowed[0], str) and not all(allowed[0] <= v <= allowed[1] for v in values):
-            fail(f"{option} {' '.join(map(str, values))}: must be in {allowed[0]:g} .. {allowed[1]:g}")
+        (default, allowed, _, group), option = options[key], f"--{key.replace('_', '-')}"
+        try:
+            check_option(option, given[key], default, allowed)
+        except ValueError as error:
+            fail(error)
         if group in ("network", "training") and not config["train"]:
             fail(f"{option} goes with --train: a checkpoint brings its own")
         if group == "method" and not (config["search"] or config["sample"]):
@@ -92,6 +91,23 @@ def parse_config(script, groups, doc, argv=None):
     if config["train"] and "checkpoint" in given:
         fail("--checkpoint is what is searched and sampled: to train on from it give --init, to go on --resume")
     return {**config, "given": set(given)}
+
+
+def alike(value, like):
+    """Is a value of the kind of `like`: a text, a whole number, a number, a list of such?"""
+    if isinstance(like, list):
+        return isinstance(value, list) and all(alike(v, w) for v in value for w in like[:1])
+    return isinstance(value, (int, float) if isinstance(like, float) else type(like))
+
+
+def check_option(name, value, default, allowed):
+    """Raises ValueError if the value of an option is not of its default's kind, or not allowed."""
+    values = value if isinstance(value, list) else [value]
+    if allowed and isinstance(allowed[0], str) and not (alike(value, default) and set(values) <= set(allowed)):
+        raise ValueError(f"{name} {value}: choose from {', '.join(allowed)}")
+    if allowed and not isinstance(allowed[0], str) and not (
+            alike(value, default) and all(allowed[0] <= v <= allowed[1] for v in values)):
+        raise ValueError(f"{name} {' '.join(map(str, values))}: must be in {allowed[0]:g} .. {allowed[1]:g}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,19 +196,16 @@ def load_images(name, res=32, root=HERE / "data", channels=None):
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)), captions
 
 
-IMAGE_KINDS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_KINDS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def image_paths(folder, above=()):
-    """The images under `folder` in order: links are followed (not in circles), hidden names left out."""
+def file_paths(folder, above=()):
+    """The files under `folder` in order: links are followed (not in circles), hidden names left out."""
     here = folder.resolve()
     for p in sorted(folder.iterdir()) if here not in above else ():
         if p.name.startswith("."):
             continue
-        if p.is_dir():
-            yield from image_paths(p, (*above, here))
-        elif p.suffix.lower() in IMAGE_KINDS:
-            yield p
+        yield from file_paths(p, (*above, here)) if p.is_dir() else [p]
 
 
 def open_image(path):
@@ -227,7 +240,10 @@ def load_folder(folder, res, channels=None):
     channels: 1, 3 or None: 1 if all images are grey. Returns x, y, captions (names of the sub-folders)."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name one that holds images")
-    paths = list(image_paths(folder))
+    files = list(file_paths(folder))
+    paths = [p for p in files if p.suffix.lower() in IMAGE_KINDS]
+    if others := sorted({p.suffix or p.name for p in files} - {p.suffix for p in paths} - {".pt", ".json"}):
+        print(f"no images by their names, left out: {', '.join(others[:5])}", file=sys.stderr)
     x, names, scaled, bad = np.empty((len(paths), channels or 3, res, res), np.uint8), [], [], []
     for p in progress(paths, f"load {folder}"):
         name = p.relative_to(folder)
@@ -329,7 +345,7 @@ def run_main(main, script):
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         os._exit(1) if dist.is_initialized() else sys.exit(1)          # no farewell to processes that are gone
     except KeyboardInterrupt:
-        sys.exit(f"{script}: interrupted; a training run goes on with --train --resume")
+        sys.exit(f"{script}: interrupted; what a training saved goes on with --train --resume")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -398,14 +414,15 @@ def write_atomically(path, write):
             part.unlink()
         if not isinstance(error, (OSError, RuntimeError)):     # torch.save: a full disk is a RuntimeError
             raise
-        raise OSError(f"cannot write {path}: {' '.join(str(error).split())}") from None
+        hint = "" if isinstance(error, OSError) else "is the disk full? "
+        raise OSError(f"cannot write {path}: {hint}{' '.join(str(error).split())}") from None
 
 
 def check_folder(folder):
-    """Makes a folder, if need be, and raises OSError with one line if no file can be written into it."""
+    """Raises OSError with one line if no file can be written into a folder, or the folder not be made. Makes none."""
+    folder = Path(folder).absolute()
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())).close()
     except OSError as error:
         raise OSError(f"cannot write into {folder} ({error.strerror}): choose another --out") from None
 
@@ -419,15 +436,21 @@ def save_json(path, value):
     write_atomically(path, lambda part: part.write_text(text))
 
 
-def load_plan(path, *keys):
-    """A plan, a dict with these keys, from JSON. Raises OSError or ValueError with one line."""
-    try:
-        plan = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:                                         # not UTF-8, not JSON
-        plan = None
-    if not isinstance(plan, dict) or not set(keys) <= set(plan):
-        raise ValueError(f"{path} is damaged or no plan: delete it, and --search anew")
-    return plan
+def find_plan(config, name, like):
+    """The plan NAME that was searched with this network, from --out or from beside the checkpoint; None if there is
+    none. like: a plan, whose keys and their kinds it must have. Raises ValueError if one is damaged."""
+    for path in (Path(config["out"]) / name, Path(config["checkpoint"]).parent / name):
+        if path.is_file():
+            try:
+                plan = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:                                 # not UTF-8, not JSON
+                plan = None
+            if not isinstance(plan, dict) or not all(alike(plan.get(key), like[key]) for key in like):
+                raise ValueError(f"{path} is damaged or no plan: delete it, and --search anew")
+            if (plan.get("step"), plan.get("network")) == (config["step"], config.get("digest")):
+                return plan
+            print(f"{path} was searched with another network: left alone")
+    return None
 
 
 @contextlib.contextmanager
@@ -457,32 +480,40 @@ def load_checkpoint(path, script):
         raise OSError(f"no checkpoint {path}: run --train first, or name one with --checkpoint") from None
     except Exception as error:                                 # torch raises many kinds for a damaged file
         raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(saved, dict) or saved.get("script") != script:
-        other = saved.get("script", "unknown") if isinstance(saved, dict) else "unknown"
+    if not isinstance(saved, dict) or saved.get("script", script) != script:
+        other = saved["script"] if isinstance(saved, dict) else "unknown"
         raise ValueError(f"{path} is a checkpoint of '{other}', not of '{script}'")
-    if not {"config", "ema", "step"} <= set(saved):
-        raise ValueError(f"{path} is of an older {script}.py: train anew, or take that version of the file")
+    if not {"script", "config", "ema", "step"} <= set(saved):
+        raise ValueError(f"{path} is of no or an older {script}.py: train anew, or take that version of the file")
+    saved.setdefault("net", {})
+    if not (all(isinstance(saved[key], dict) for key in ("net", "ema", "config")) and alike(saved["step"], 1)
+            and all(torch.is_tensor(v) and not v.isnan().any() for k in ("net", "ema") for v in saved[k].values())):
+        raise ValueError(f"{path} is damaged: it holds weights that are not finite, or none")
     for key in ("net", "ema"):
-        saved[key] = {k: v.float() if v.is_floating_point() else v for k, v in saved.get(key, {}).items()}
-    if not all(v.isfinite().all() for v in saved["ema"].values()):
-        raise ValueError(f"{path} is damaged: it holds weights that are not finite")
+        saved[key] = {k: v.float() if v.is_floating_point() else v for k, v in saved[key].items()}
     return saved
 
 
-def restore(script, groups, config, build_net, shipped):
-    """The averaged network, on the CPU, of --checkpoint, else of the run in --out, else weights/SCRIPT/shipped; and the
+def restore(script, groups, config, check_config, build_net, shipped):
+    """The averaged network, on the CPU, of --checkpoint, else of the run in --out, else of weights/SCRIPT; and the
     configuration: what the network and its training had from the checkpoint, the rest from the command line. Raises
     OSError or ValueError with one line if the checkpoint is of no use or --out cannot be written."""
     check_folder(config["out"])
     path = Path(config["checkpoint"] or Path(config["out"]) / "checkpoint.pt")
     if not config["checkpoint"] and not path.exists():
-        path = HERE / "weights" / script / shipped
+        path = HERE / "weights" / script / shipped.get(config.get("method"), "weights.pt")
+        print(f"no run in {config['out']}: the shipped weights")
     saved = load_checkpoint(path, script)
     theirs = groups["network"].keys() | groups["training"].keys()
     config = {**saved["config"], **{k: v for k, v in config.items() if k not in theirs}, "checkpoint": str(path),
               "step": saved["step"], "digest": digest(saved["ema"])}
     config["precision"] = "bf16" if config["precision"] == "bf16" else "fp32"
     try:
+        for key, (default, allowed, _) in {**groups["network"], **groups["training"]}.items():
+            check_option(key, config[key], default, allowed)
+        if not all(alike(config.get(key, [""]), [""]) for key in ("captions", "words")):
+            raise ValueError("captions and words must be lists of texts")
+        check_config(config)
         net = build_net(config)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its configuration makes no network ({error!r})") from None
@@ -500,8 +531,8 @@ def load_weights(net, state, path, partial=False):
     except RuntimeError:
         unfit = ["their sizes"]
     if unfit:
-        whose = "this network: leave out the options that shape it" if partial else "the network of its configuration"
-        raise ValueError(f"{path}: weights that do not fit {whose} ({unfit[0]})")
+        whose = "this network (other --data, or options that shape it)" if partial else "their own configuration"
+        raise ValueError(f"{path}: weights that do not fit {whose}: {unfit[0]}")
 
 
 def digest(state):
@@ -519,7 +550,11 @@ def begin_run(script, config, groups, device, world):
     check_folder(out)
     there = (out / "checkpoint.pt").exists()
     if config["resume"]:
+        if not there:
+            raise ValueError(f"--resume: no run in {out}")
         saved = load_checkpoint(out / "checkpoint.pt", script)
+        if not saved["net"] or "optimizer" not in saved:
+            raise ValueError(f"{out}/checkpoint.pt is no training's state: train on from it with --init")
         config = {**config, **saved["config"], **{k: config[k] for k in given | {"out"}}}
         if saved["step"] >= config["iters"]:
             raise ValueError(f"--resume: {out} is finished, {saved['step']} steps: give more --iters to go on")

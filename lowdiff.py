@@ -29,9 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (LossModule, autocast, begin_run, extract, feature_stats, frechet_distance, gather,
-                    load_extractor, load_images, load_plan, load_weights, locked, noise_for, parse_config, progress,
-                    restore, run_main, save_grid, save_json, save_run, save_samples, start_device, to_float, to_uint8)
+from common import (LossModule, autocast, begin_run, extract, feature_stats, find_plan, frechet_distance, gather,
+                    load_extractor, load_images, load_weights, locked, noise_for, parse_config, progress, restore,
+                    run_main, save_grid, save_json, save_run, save_samples, start_device, to_float, to_uint8)
 
 SCRIPT = "lowdiff"
 SIGMA_DATA = 0.5               # EDM's, at every resolution (Sec. 4.1: settings retained; D9)
@@ -47,12 +47,13 @@ SCHEDULES = {
 SHIFTS = (-4, -2, -1, 0, 1, 2, 4)                              # of K, in the search; Appendix C: -2 .. 2
 SEARCH_N, REFERENCE_N = 1000, 10_000                           # samples of the search; images they compare with
 SEARCH_SEED = 2 * 10 ** 9                                      # far from samples' seeds
+SHIPPED = {}                   # weights of a method, if not weights.pt
 WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
     "run": {
-        "out":        ("runs/lowdiff", None, "folder of a run: checkpoint, log, plans, samples"),
+        "out":        (f"runs/{SCRIPT}", None, "folder of a run: checkpoint, log, plans, samples"),
         "checkpoint": ("", None, "weights to search and sample; default: the run in --out, else the shipped ones"),
         "device":     ("auto", ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda, mps"),
         "precision":  ("auto", ("auto", "fp32", "bf16"), "auto: bf16 in training if the hardware has it, else fp32"),
@@ -292,21 +293,29 @@ def effective_nfe(nfe, seconds):
 # ---------------------------------------------------------------------------------------------
 # Data and loss
 # ---------------------------------------------------------------------------------------------
+def check_config(config):
+    """Raises ValueError if the sizes in config do not fit each other."""
+    R, stages, levels = config["res"], config["stages"], len(config["mult"])
+    multiple = config["patch"] * 2 ** (levels - 1)
+    if stages != [R >> i for i in reversed(range(len(stages)))] or len(stages) > levels or R % multiple:
+        raise ValueError(f"--stages {' '.join(map(str, stages))}: each must be twice the one before, the last one the "
+                         f"images' {R}, a multiple of {multiple}; {levels} levels (--mult) have at most as many stages")
+
+
 def load_data(config):
     """Images uint8 (N, C, R, R) and classes (N,) of --data; notes their shape, their classes' names and the levels of
     the condition's noise in config."""
     x, y, captions = load_images(config["data"], config["res"])
     config.update(channels=x.shape[1], res=x.shape[-1], captions=captions)
-    R, stages, levels = x.shape[-1], config["stages"], len(config["mult"])
-    multiple = config["patch"] * 2 ** (levels - 1)
-    if stages != [R >> i for i in reversed(range(len(stages)))] or len(stages) > levels or R % multiple:
-        raise ValueError(f"--stages {' '.join(map(str, stages))}: each must be twice the one before, the last one the "
-                         f"images' {R}, a multiple of {multiple}; {levels} levels (--mult) have at most as many stages")
+    check_config(config)
     if config["s_mean"] == ["plan"]:                           # METHOD: around the level of the paper's plan (D3)
-        config["s_mean"] = [math.log(s) for s in stops_of(paper_plan(stages))[:-1]]
-    config["s_mean"] = [float(s) for s in config["s_mean"]]
-    if len(config["s_mean"]) != len(stages) - 1:
-        raise ValueError(f"--s-mean: {len(stages)} stages need {len(stages) - 1} numbers, or plan")
+        config["s_mean"] = [math.log(s) for s in stops_of(paper_plan(config["stages"]))[:-1]]
+    n = len(config["stages"]) - 1
+    try:
+        config["s_mean"] = [float(s) for s in config["s_mean"]]
+        assert len(config["s_mean"]) == n and math.isfinite(sum(config["s_mean"]))
+    except (AssertionError, ValueError):
+        raise ValueError(f"--s-mean {config['s_mean']}: {n + 1} stages need {n} numbers, or plan") from None
     return x, y
 
 
@@ -364,7 +373,9 @@ def heun_sample(denoiser, noise, sigmas, evaluations=None):
     denoiser(xt, sigma float) -> x0_hat, called in the noise's own type. noise (B, C, r, r), standard normal. The state
     is float64, as EDM's, but on MPS, which has none.
     METHOD: 3.4, truncation: `evaluations` K of the 2N - 1, then the noisy image as it is, at stop_level. An odd K
-    ends in an Euler step (D6). Raises ValueError if K is not in 1 .. 2N - 1."""
+    ends in an Euler step (D6). Raises ValueError if K is not in 1 .. 2N - 1, or sigmas do not fall to 0."""
+    if sigmas[-1] != 0 or any(a <= b for a, b in zip(sigmas, sigmas[1:])):
+        raise ValueError("sigmas must fall strictly, to 0 at the end")
     full = 2 * (len(sigmas) - 1) - 1
     K = full if evaluations is None else evaluations
     if not 1 <= K <= full:
@@ -451,7 +462,7 @@ def sample(net, config, plan, seeds, device):
     """uint8 images (n, C, R, R) on the CPU, seed by seed: seed i makes image i, whatever the batch."""
     if not len(seeds):                                         # a process without a share of them
         return sample(net, config, plan, [0], device)[:0]
-    batches = torch.tensor(list(seeds)).split(250)
+    batches = torch.tensor(list(seeds)).split(16 if str(device) == "cpu" else 250)
     return torch.cat([to_uint8(generate(net, config, plan, batch.tolist(), device)).cpu()
                       for batch in progress(batches, "sample", len(batches[0]))])
 
@@ -459,9 +470,9 @@ def sample(net, config, plan, seeds, device):
 # ---------------------------------------------------------------------------------------------
 # Search: where to stop each stage (Appendix C)
 # ---------------------------------------------------------------------------------------------
-def plan_path(config, folder):
-    """Where a searched plan lies: its name says of which stages."""
-    return Path(folder) / f"plan_{'-'.join(map(str, config['stages']))}.json"
+def plan_name(config):
+    """The file of a searched plan: its name says of which stages."""
+    return f"plan_{'-'.join(map(str, config['stages']))}.json"
 
 
 def search(net, config, device):
@@ -485,7 +496,7 @@ def search(net, config, device):
                 plan["searched"].append(dict(res=r, evaluations=K, stop=round(stops_of(tried)[i], 4), fd=round(fd, 4)))
                 print(f"{r}x{r}: {K} evaluations, to sigma {stops_of(tried)[i]:.4g}: FD[{name}]@{SEARCH_N} {fd:.3f}")
         plan["evaluations"] = found[min(found)]
-    save_json(plan_path(config, config["out"]), plan)
+    save_json(Path(config["out"]) / plan_name(config), plan)
     return plan
 
 
@@ -498,20 +509,15 @@ def describe(plan):
 
 def plan_of(config):
     """The paper's plan, with what --steps and --truncate say."""
-    return paper_plan(config["stages"], *(None if config[k] == [0] else config[k] for k in ("steps", "truncate")))
+    return paper_plan(config["stages"], *(config[k] if any(config[k]) else None for k in ("steps", "truncate")))
 
 
 def make_plan(net, config, device):
     """The plan of --steps and --truncate; else one that was searched with the same network; else the paper's."""
     if config["classes"] != [-1] and not config["labels"]:
         raise ValueError("--classes: the checkpoint has no classes (train with --labels 1)")
-    for folder in (Path(config["out"]), Path(config["checkpoint"]).parent):
-        path = plan_path(config, folder)
-        plan = load_plan(path, "step", *paper_plan([32])) if path.is_file() else {}
-        mine = (plan.get("step"), plan.get("network")) == (config["step"], config.get("digest"))
-        if mine and config["steps"] == config["truncate"] == [0]:
-            return plan
-    return plan_of(config)
+    plan, told = plan_of(config), any(config["steps"] + config["truncate"])
+    return plan if told else find_plan(config, plan_name(config), plan) or plan
 
 
 # ---------------------------------------------------------------------------------------------
@@ -565,15 +571,10 @@ def train(config, device, rank, world):
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
-def shipped(config):
-    """The shipped weights that --sample takes if there is no run in --out."""
-    return "weights.pt"
-
-
 def load_net(config, device):
     """The averaged network of --checkpoint, else of the run in --out, else the shipped one; and the configuration with
     what the checkpoint decides."""
-    net, config = restore(SCRIPT, CONFIG, config, build_net, shipped(config))
+    net, config = restore(SCRIPT, CONFIG, config, check_config, build_net, SHIPPED)
     return net.to(device).eval().requires_grad_(False), config
 
 

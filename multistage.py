@@ -44,12 +44,13 @@ ETA, ALPHA = 2 / 256, 0.9      # thresholds of Algorithm 1 (Sec. 5)
 SAMPLES = 10_000               # K of Algorithms 1 and 2 (D13; the paper: 50,000)
 SHORTEST = 0.02                # length of a stage, below which a clustering is refused (D20)
 CLUSTER_SEED = 10 ** 9         # far from samples' seeds
+SHIPPED = {}                   # weights of a method, if not weights.pt
 WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
     "run": {
-        "out":        ("runs/multistage", None, "folder of a run: checkpoint, log, plans, samples"),
+        "out":        (f"runs/{SCRIPT}", None, "folder of a run: checkpoint, log, plans, samples"),
         "checkpoint": ("", None, "weights to search and sample; default: the run in --out, else the shipped ones"),
         "device":     ("auto", ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda, mps"),
         "precision":  ("auto", ("auto", "fp32", "bf16"), "auto: bf16 in training if the hardware has it, else fp32"),
@@ -364,10 +365,10 @@ def cluster_timesteps(method, n, data, samples=SAMPLES):
 
     method: optimal: Algorithm 1 (n = 3) or 2; optimal2: Algorithm 2 for any n. data (N, C, R, R): floats as the network
     sees them, images in [-1, 1]. Raises ValueError for other data and if a stage would be shorter than SHORTEST."""
-    if not data.is_floating_point() or not data.abs().max() < 100:
-        raise ValueError(f"data of {data.dtype}: the clustering takes float images in [-1, 1]")
-    if len(data) < 2 or n > 20:
-        raise ValueError(f"{len(data)} images, {n} stages: at least two images and at most 20 stages can be clustered")
+    if not data.is_floating_point() or not data.abs().max() < 100 or data.min() >= 0:
+        raise ValueError(f"data of {data.dtype}, {data.min()} .. {data.max()}: float images in [-1, 1] are clustered")
+    if len(data) < 2 or not 2 <= n <= 20 or method not in ("optimal", "optimal2"):
+        raise ValueError(f"{method}, {len(data)} images, {n} stages: optimal(2), at least two images, 2 to 20 stages")
     if method == "optimal" and n == 3:                         # Algorithm 1; its Eq. 8 is Eq. 7 seen from t = 1
         t, s0, s1 = similarity_to_ends(data, samples)
         edges = [first_crossing(t, s0), 1 - first_crossing((1 - t).flip(0), s1.flip(0))]
@@ -388,28 +389,33 @@ def cluster_timesteps(method, n, data, samples=SAMPLES):
 # ---------------------------------------------------------------------------------------------
 # Data and loss
 # ---------------------------------------------------------------------------------------------
-def load_data(config):
-    """Images uint8 (N, C, R, R) and classes (N,) of --data; notes their shape in config. METHOD: and the edges of the
-    stages, clustered if they are not given."""
-    x, y, _ = load_images(config["data"], config["res"])
-    config.update(channels=x.shape[1], res=x.shape[-1])
-    R, multiple = x.shape[-1], config["patch"] * 2 ** (len(config["mult"]) - 1)
-    if R % multiple:
-        raise ValueError(f"the resolution {R} must be a multiple of {multiple} (--mult, --patch)")
+def check_config(config):
+    """Raises ValueError if the sizes in config do not fit each other."""
+    multiple = config["patch"] * 2 ** (len(config["mult"]) - 1)
+    if config["res"] % multiple:
+        raise ValueError(f"the resolution {config['res']} must be a multiple of {multiple} (--mult, --patch)")
     n, edges = len(config["widths"]), config["edges"]
-    if edges == [0.0]:                                         # METHOD: not given
-        edges = cluster(config, x, n, start_device(config["device"])[0]) if n > 1 else []
-    if len(edges) != n - 1 or any(a >= b for a, b in itertools.pairwise([0, *edges, 1])):
+    if edges != [0.0] and (len(edges) != n - 1 or any(a >= b for a, b in itertools.pairwise([0, *edges, 1]))):
         raise ValueError(f"--edges {' '.join(map(str, edges))}: {n} decoders (--widths) need {n - 1} edges that rise "
                          "strictly inside (0, 1)")
-    config["edges"] = edges
+
+
+def load_data(config):
+    """Images uint8 (N, C, R, R) and classes (N,) of --data; notes their shape, METHOD: and the edges, in config."""
+    x, y, _ = load_images(config["data"], config["res"])
+    config.update(channels=x.shape[1], res=x.shape[-1])
+    check_config(config)
+    if config["edges"] == [0.0]:                               # METHOD: not given
+        n = len(config["widths"])
+        config["edges"] = cluster(config, x, n, start_device(config["device"])[0]) if n > 1 else []
     return x, y
 
 
 def draw_batch(config, x, y, step):
     """Every random input of a training step, on the CPU, for the whole batch."""
     B, bounds = config["batch"], torch.tensor([T_TRAIN, *config["edges"], 1.0])
-    x0 = to_float(x[torch.randint(0, len(x), (B,))])
+    i = torch.randint(0, len(x), (B,))
+    x0 = to_float(x[i])
     if config["flip"]:
         x0 = torch.where(torch.rand(B, 1, 1, 1) < 0.5, x0.flip(-1), x0)
     stage = torch.randint(0, len(bounds) - 1, (B if config["batches"] == "mixed" else 1,))     # METHOD: alike (D8)
@@ -427,7 +433,7 @@ def training_loss(net, config, x0, t, eps):
 
 
 def preview(net, config, device):
-    """32 images of a network in training: ten evaluations."""
+    """32 images of a network in training, by ten steps."""
     return generate(net, config, dict(nfe=10, order=3), range(32), device)
 
 
@@ -506,7 +512,7 @@ def sample(net, config, plan, seeds, device):
     """uint8 images (n, C, R, R) on the CPU, seed by seed: seed i makes image i, whatever the batch."""
     if not len(seeds):                                         # a process without a share of them
         return sample(net, config, plan, [0], device)[:0]
-    batches = torch.tensor(list(seeds)).split(250)
+    batches = torch.tensor(list(seeds)).split(16 if str(device) == "cpu" else 250)
     return torch.cat([to_uint8(generate(net, config, plan, batch.tolist(), device)).cpu()
                       for batch in progress(batches, "sample", len(batches[0]))])
 
@@ -607,15 +613,10 @@ def train(config, device, rank, world):
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
-def shipped(config):
-    """The shipped weights that --sample takes if there is no run in --out."""
-    return "weights.pt"
-
-
 def load_net(config, device):
     """The averaged network of --checkpoint, else of the run in --out, else the shipped one; and the configuration with
     what the checkpoint decides."""
-    net, config = restore(SCRIPT, CONFIG, config, build_net, shipped(config))
+    net, config = restore(SCRIPT, CONFIG, config, check_config, build_net, SHIPPED)
     return net.to(device).eval().requires_grad_(False), config
 
 

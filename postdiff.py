@@ -1,19 +1,19 @@
-"""PostDiff: Fewer Denoising Steps or Cheaper Per-Step Inference (arXiv 2508.06160, ICCV 2025).
+"""PostDiff: Fewer Denoising Steps or Cheaper Per-Step Inference (arXiv 2508.06160).
 
-A text-to-image model becomes cheaper without training by fewer steps or by cheaper ones. PostDiff does the second, in
-two ways. Mixed resolution: the first share s of the steps runs on a smaller image, whose predicted x0 is up-sampled and
-re-noised. Hybrid caching: the deep half of the U-Net runs in every k-th step only (DeepCache); after the share m of the
+A text-to-image model becomes cheaper without training by fewer steps or by cheaper ones. PostDiff is the second.
+Mixed resolution: the first share s of the steps runs on a smaller image, whose predicted x0 is up-sampled and
+re-noised. Hybrid caching: the deep half of the U-Net runs in every k-th step (DeepCache); after the share m of the
 steps guidance ends, and every cross-attention gives what it gave last.
 
-    python postdiff.py --sample --prompt "cat face" "Rainbow flag!"         # 20 steps, a third of their MACs
-    python postdiff.py --sample --method base                # off switch: plain guidance, same seeds
-    python postdiff.py --search --sample                     # calibration: how many steps, and s, by caption score
-    python postdiff.py --train --out runs/base               # the text-to-image model, from scratch
+    python postdiff.py --sample --prompt "cat face" "Rainbow flag!"         # a third of the MACs
+    python postdiff.py --sample --method base                # off switch: plain guidance
+    python postdiff.py --search --sample                     # calibration: steps, s, by caption score
+    python postdiff.py --train --out runs/base               # the model, from scratch
     python postdiff.py --train --init runs/base/checkpoint.pt --low-share 0.5 --out runs/tuned      # Appendix F
-    torchrun --nproc_per_node=2 -- postdiff.py --train       # two processes, or two GPUs
+    torchrun --nproc_per_node=2 -- postdiff.py --train       # two processes or GPUs
 
 Symbols: T (denoising steps) -> K, their sequence -> taus; x^l, x^f -> low and full resolution; beta, s, k, m, w as in
-the paper (s, m: shares of the steps; n_low, n_guided: their numbers); CA_cache -> frozen; null text -> null;
+the paper (s, m: shares; n_low, n_guided: numbers); CA_cache -> frozen; null text -> null;
 alpha_bar[-1] = 1 is clean data (t = -1). (D1), (D2), ...: what the paper leaves open, results/postdiff/README.md.
 """
 import copy
@@ -28,26 +28,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (LossModule, add_noise, autocast, begin_run, caption_score, captions_of, count_macs,
-                    extract, gather, linear_alpha_bar, load_checkpoint, load_extractor, load_images, load_plan,
-                    load_weights, locked, noise_for, parse_config, progress, restore, run_main, save_grid, save_json,
-                    save_run, save_samples, scale_and_sigma, start_device, to_float, to_uint8)
+from common import (LossModule, add_noise, autocast, begin_run, caption_score, captions_of, count_macs, extract,
+                    find_plan, gather, linear_alpha_bar, load_checkpoint, load_extractor, load_images, load_weights,
+                    locked, noise_for, parse_config, progress, restore, run_main, save_grid, save_json, save_run,
+                    save_samples, scale_and_sigma, start_device, to_float, to_uint8)
 
 SCRIPT = "postdiff"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
 WORDS, C_TEXT = 12, 64         # words of a caption at most; width of the text's features (D14)
 DROP = 0.1                     # share of captions that training replaces by the null text, for guidance (D14)
 BUDGET, REFERENCE_STEPS = 0.4, 20                      # calibration: share of 20 steps' MACs (D10)
-STEPS, SHARES = (6, 8, 12, 16, 20), (0, 0.25, 0.5)     # what it tries: K, s
-CALIBRATION, CALIBRATION_SEED = 250, 10 ** 9           # its images; far from samples' seeds
+STEPS, SHARES = (6, 8, 12, 16, 20), (0, 0.25, 0.5)     # tried: K, s
+CALIBRATION, CALIBRATION_SEED = 250, 10 ** 9           # its images; far from samples
 ORDER = {"ddim": 1, "dpm2": 2}                         # of the solvers; dpm2: DPM-Solver++ 2M
-CHOICES = ("cond", "ave", "uncond", "cfg", "none")     # Sec. 2.5; none: no cross-attention cache
+CHOICES = ("cond", "ave", "uncond", "cfg", "none")     # Sec. 2.5; none: no cache
+SHIPPED = {}                   # weights of a method, if not weights.pt
 WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
     "run": {
-        "out":        ("runs/postdiff", None, "folder of a run: checkpoint, log, plans, samples"),
+        "out":        (f"runs/{SCRIPT}", None, "folder of a run: checkpoint, log, plans, samples"),
         "checkpoint": ("", None, "weights to search and sample; default: the run in --out, else the shipped ones"),
         "device":     ("auto", ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda, mps"),
         "precision":  ("auto", ("auto", "fp32", "bf16"), "auto: bf16 in training if the hardware has it, else fp32"),
@@ -326,19 +327,28 @@ def encode(captions, words):
     return torch.tensor(rows), list(dict.fromkeys(left_out))
 
 
+def check_config(config):
+    """Raises ValueError if the sizes in config do not fit each other."""
+    multiple = config["patch"] * 2 ** (len(config["mult"]) - (config["low_share"] == 0))
+    if config["res"] % multiple:
+        raise ValueError(f"the resolution {config['res']} must be a multiple of {multiple} (--mult, --patch)")
+
+
 def load_data(config):
     """Images uint8 (N, C, R, R), reduced to --res, and captions' numbers (N,) of --data; notes shape, captions and
-    words (those of --init, if given) in config."""
+    words (of --init, if given) in config."""
     x, y, captions = load_images(config["data"], config["res"])
-    R, multiple = config["res"], config["patch"] * 2 ** (len(config["mult"]) - (config["low_share"] == 0))
-    if x.shape[-1] % R or R % multiple:
-        raise ValueError(f"--res {R} must divide {x.shape[-1]} and be a multiple of {multiple} (--mult, --patch)")
+    check_config(config)
+    if x.shape[-1] % (R := config["res"]):
+        raise ValueError(f"--res {R} must divide {x.shape[-1]}")
     x = F.avg_pool2d(x.float(), x.shape[-1] // R).round().to(torch.uint8)
     words = sorted({word for caption in captions for word in words_of(caption)})
     if not words:
         raise ValueError(f"{config['data']} has no captions: put its images into folders named after them")
     if "words" not in config and config["init"]:
         words = load_checkpoint(config["init"], SCRIPT)["config"]["words"]
+        if unknown := [s for s in captions if not set(words_of(s)) & set(words)]:
+            raise ValueError(f"--init knows no word of '{unknown[0]}': train anew")
     config.update(channels=x.shape[1], captions=captions, words=config.get("words", words))
     return x, y
 
@@ -370,7 +380,7 @@ def training_loss(net, config, x0, t, eps, text):
 
 
 def preview(net, config, device):
-    """32 images of a network in training: ten plain steps."""
+    """32 images of a network in training, by ten steps."""
     config = dict(config, method="base", solver="dpm2", steps=10, prompt=[""])
     return generate(net, config, plan_of(config), range(32), device)
 
@@ -405,8 +415,8 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
     2M. trace(i, xt, x0_hat, cache): called after each evaluation. n_low=0, k=1, n_guided=None: plain classifier-free
     guidance. Raises ValueError if a number does not fit."""
     K, n_guided, taus = len(taus), len(taus) if n_guided is None else n_guided, [int(t) for t in taus]
-    if any(a <= b for a, b in zip(taus, taus[1:])):
-        raise ValueError(f"the steps must fall strictly: {taus}")
+    if any(a <= b for a, b in zip([len(alpha_bar) - 1, *taus], [*taus, -1])):
+        raise ValueError(f"the steps must fall strictly, in {len(alpha_bar) - 2} .. 0: {taus}")
     if not (0 <= n_low < K and 0 <= n_guided <= K and k >= 1 and k == int(k) and choice in CHOICES):
         raise ValueError(f"n_low {n_low}, n_guided {n_guided}, k {k} or choice {choice} does not fit {K} steps")
     if alpha_bar[-1] != 1 or (n_low and low_noise is None):
@@ -467,7 +477,7 @@ def sample(net, config, plan, seeds, device):
     """uint8 images (n, C, R, R) on the CPU, seed by seed: seed i makes image i, whatever the batch."""
     if not len(seeds):                                         # a process without a share of them
         return sample(net, config, plan, [0], device)[:0]
-    batches = torch.tensor(list(seeds)).split(250)
+    batches = torch.tensor(list(seeds)).split(16 if str(device) == "cpu" else 250)
     return torch.cat([to_uint8(generate(net, config, plan, batch.tolist(), device)).cpu()
                       for batch in progress(batches, "sample", len(batches[0]))])
 
@@ -497,19 +507,22 @@ def plan_of(config):
 
 
 def check_options(config):
-    """Raises ValueError for a given option that --method, or the search, does not use."""
+    """Raises ValueError for an option without use."""
     given, method = config.get("given", set()), config["method"]
-    unused = {"base": {"s", "beta", "k", "m", "choice"}, "mixed": {"k", "m", "choice"}, "cache": {"s", "beta"}}
-    if found := given & unused.get(method, set()):
+    unused = {"base": "s beta k m choice", "mixed": "k m choice", "cache": "s beta"}.get(method, "")
+    if found := given & set(unused.split()):
         raise ValueError(f"--{min(found)} is of no use to --method {method}")
-    if "s" in given and not config["steps"] or given & {"s", "steps"} and config.get("search"):
-        raise ValueError("--search finds --steps and --s itself: leave them out, or at --steps 0")
+    if "prompt" in given and not (all(config["prompt"]) and len(config["prompt"]) <= config["n"]):
+        raise ValueError(f"--prompt: at most --n {config['n']} texts")
+    told, search = config["steps"] and "steps" in given, config.get("search")
+    if "s" in given and (search or not config["steps"]) or search and told:
+        raise ValueError("--search finds --steps and --s")
 
 
-def plan_path(config, folder):
-    """Where a searched plan lies: its name says what made it."""
+def plan_name(config):
+    """The name of a searched plan says what made it."""
     keys = ("method", "solver", "beta", "k", "m", "choice", "w")
-    return Path(folder) / f"plan_{'_'.join(str(config[k]) for k in keys)}.json"
+    return f"plan_{'_'.join(str(config[k]) for k in keys)}.json"
 
 
 def search(net, config, device):
@@ -534,7 +547,7 @@ def search(net, config, device):
     for found, cost, value in tried:
         print(f"{100 * cost:.1f} % of the MACs, caption score[{name}] {value:.4f}: {describe(found)}")
     plan.update(step=config["step"], network=config.get("digest"))
-    save_json(plan_path(config, config["out"]), plan)
+    save_json(Path(config["out"]) / plan_name(config), plan)
     return plan
 
 
@@ -549,12 +562,8 @@ def make_plan(net, config, device):
     check_options(config)
     if config["steps"]:
         return plan_of(config)
-    for folder in (Path(config["out"]), Path(config["checkpoint"]).parent):
-        path = plan_path(config, folder)
-        plan = load_plan(path, *plan_of(dict(config, method="base", steps=1))) if path.is_file() else {}
-        if (plan.get("step"), plan.get("network")) == (config["step"], config.get("digest")):
-            return plan
-    return search(net, config, device)
+    plan = find_plan(config, plan_name(config), plan_of(dict(config, method="base", steps=1)))
+    return plan or search(net, config, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -608,15 +617,10 @@ def train(config, device, rank, world):
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
-def shipped(config):
-    """The shipped weights that --sample takes if there is no run in --out."""
-    return "weights.pt"
-
-
 def load_net(config, device):
     """The averaged network of --checkpoint, else of the run in --out, else the shipped one; and the configuration with
     what the checkpoint decides."""
-    net, config = restore(SCRIPT, CONFIG, config, build_net, shipped(config))
+    net, config = restore(SCRIPT, CONFIG, config, check_config, build_net, SHIPPED)
     return net.to(device).eval().requires_grad_(False), config
 
 

@@ -981,7 +981,7 @@ def test_search(tmp_path, short, method, start):
     low = 8 if "c2f" in method else 0
     net, config = awake_net(low=low), config_of(tmp_path, method=method, low=low, start=start)
     plan = c.search(net, config, CPU)
-    assert json.loads(c.plan_path(config, tmp_path / "out").read_text()) == json.loads(json.dumps(plan))
+    assert json.loads((tmp_path / "out" / c.plan_name(config)).read_text()) == json.loads(json.dumps(plan))
     assert plan["solver"] == "dpm2" and plan["step"] == 40
     if low:
         ranks = dict(plan["ranks"])
@@ -1072,9 +1072,9 @@ def test_a_plan_is_found_again(tmp_path, short, monkeypatch):
         assert c.make_plan(net, dict(config, **other), CPU) == "searched", other
     for unused in (dict(low_steps=7), dict(t_star=9)):                        # of C2F only
         assert c.make_plan(net, dict(config, **unused), CPU) == plan
-    names = {c.plan_path(dict(config, method="c2f", **other), "") for other in ({}, dict(low_steps=7), dict(t_star=9))}
+    names = {c.plan_name(dict(config, method="c2f", **other)) for other in ({}, dict(low_steps=7), dict(t_star=9))}
     assert len(names) == 3
     monkeypatch.setattr(c, "search", search)
-    c.plan_path(config, tmp_path / "run").write_bytes(b"\xff{")
+    (tmp_path / "run" / c.plan_name(config)).write_bytes(b"\xff{")
     with pytest.raises(ValueError, match="plan_trd_dpm2_inclusive_3.json is damaged"):
         c.make_plan(net, config, CPU)

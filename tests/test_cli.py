@@ -425,7 +425,7 @@ def test_out_that_cannot_be_written(name, run, tmp_path):
     ("--sample --seed 1" + 30 * "0", "--seed"), ("--sample --device tpu", "--device tpu"),
     ("--sample --checkpoint {tmp}/none.pt", "no checkpoint {tmp}/none.pt"),
     ("--sample --checkpoint {tmp}", "{tmp} is damaged or no checkpoint"),
-    ("--train --resume", "no checkpoint {tmp}/out/checkpoint.pt"), ("--train --lr 0", "--lr"),
+    ("--train --resume", "no run in {tmp}/out"), ("--train --lr 0", "--lr"),
     ("--train --lr nan", "--lr"), ("--train --data nonexist", "nonexist"), ("--train --patch 3", "multiple"),
     ("--train --init {tmp}/none.pt", "{tmp}/none.pt"), ("--train --checkpoint a.pt", "--checkpoint"),
     ("--train --sample --batch 0", "--batch 0")])
@@ -455,6 +455,67 @@ def test_checkpoints_of_no_use(name, run, tmp_path):
     one_line(name, start(name, *train_options(name, "--init", run.checkpoint, "--ch", 16), "--out", tmp_path / "out"),
              "do not fit")
     assert os.listdir(tmp_path) == ["a.pt"]
+
+
+DAMAGED = {                    # what a hand may do to a checkpoint's configuration
+    "all": [dict(mult="ab"), dict(mult=[1, 1.5]), dict(ch="8"), dict(ch=0), dict(attention=1), dict(blocks=None),
+            dict(channels="3"), dict(patch=1.5), dict(batch=-1), dict(ema=float("nan"))],
+    "c2f_trd": [dict(res=33), dict(low=5), dict(low="8"), dict(low=64)],
+    "lowdiff": [dict(stages=[]), dict(stages=32), dict(stages=[16.0, 32.0]), dict(labels=5), dict(captions=None)],
+    "multistage": [dict(edges=[0.5, 0.6]), dict(edges=[]), dict(edges=[float("nan")]), dict(edges=["a"]),
+                   dict(widths=8), dict(res=33)],
+    "postdiff": [dict(words=None), dict(words=[1, 2]), dict(captions="ab"), dict(low_share="x"), dict(res="32")]}
+
+
+@each_script
+def test_damaged_configurations(name, run, tmp_path):
+    saved, path = load(run.out / "weights.pt"), tmp_path / "a.pt"
+    groups = importlib.import_module(name).CONFIG
+    gone = [{k: v for k, v in saved["config"].items() if k != key} for key in [*groups["network"], "channels"]]
+    changed = [dict(saved["config"], **change) for change in DAMAGED["all"] + DAMAGED[name]]
+    for value in [dict(saved, config=config) for config in gone + changed] + [
+            dict(saved, config=None), dict(saved, config=[]), dict(saved, ema=None), dict(saved, ema=dict(a=1)),
+            dict(saved, step="x")]:
+        torch.save(value, path)
+        result = start(name, *sample_options(name, "--checkpoint", path, "--out", tmp_path / "out"))
+        one_line(name, result, path, "damaged")
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@each_script
+def test_resuming_what_is_no_run(name, run, tmp_path):
+    """weights.pt under the name of a checkpoint; a checkpoint with a NaN, which a lower --lr does not mend."""
+    saved = load(run.checkpoint)
+    nan = {k: v * float("nan") for k, v in saved["net"].items()}
+    for value, words in ((load(run.out / "weights.pt"), "--init"), (dict(saved, net=nan), "not finite"),
+                         ({k: v for k, v in saved.items() if k != "optimizer"}, "--init")):
+        torch.save(value, tmp_path / "checkpoint.pt")
+        one_line(name, start(name, "--train", "--resume", "--iters", 30, "--out", tmp_path), tmp_path, words)
+
+
+UNUSED = [("c2f_trd", "--sample --method base --low-steps 5", "--low-steps"),
+          ("c2f_trd", "--search --method trd --t-star 300", "--t-star"),
+          ("postdiff", "--sample --method base --k 3", "--k"), ("postdiff", "--sample --method mixed --m 0.5", "--m"),
+          ("postdiff", "--sample --method cache --beta 0.5", "--beta"), ("postdiff", "--search --steps 9", "--search"),
+          ("postdiff", "--search --s 0.2", "--search"), ("postdiff", "--sample --steps 0 --s 0.2", "--search"),
+          ("postdiff", "--sample --n 1 --prompt cat dog", "--n 1"), ("multistage", "--sample --stages 4", "--search"),
+          *((name, "--search --n 5", "--n goes with --sample") for name in SCRIPTS)]
+
+
+@pytest.mark.parametrize("name, argv, words", UNUSED, ids=[f"{name} {argv}" for name, argv, _ in UNUSED])
+def test_options_that_are_not_used(name, argv, words, tmp_path):
+    if name in SCRIPTS:
+        one_line(name, start(name, *argv.split(), "--out", tmp_path / "out"), words)
+        assert not list(tmp_path.iterdir())
+
+
+@each_script
+def test_attention_beyond_the_levels(name, tmp_path):
+    result = start(name, *train_options(name, "--attention", 2, "--out", tmp_path / "out"))
+    one_line(name, result, "--attention 2", "0 to 1")
+    good(name, *train_options(name, "--attention", -1, "--iters", 1, "--out", tmp_path / "out"))
+    weights = load(tmp_path / "out" / "weights.pt")["ema"]
+    assert [key for key in weights if "qkv.weight" in key] == ["encoder.mid.1.qkv.weight"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")

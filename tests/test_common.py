@@ -26,7 +26,7 @@ from PIL import Image
 import common
 from common import (Extractor, add_noise, begin_run, caption_score, count_macs, extract, feature_stats,
                     find_data_file, frechet_distance, gather, linear_alpha_bar, load_checkpoint, load_extractor,
-                    load_images, load_plan, load_weights, locked, noise_for, parse_config, progress,
+                    load_images, load_weights, locked, noise_for, parse_config, progress,
                     run_main, save_grid, save_json, save_run, sha256_of, start_device, to_float, to_uint8,
                     write_atomically)
 
@@ -457,17 +457,33 @@ def test_a_list_of_rows_as_json(tmp_path):
     assert json.loads(text) == rows and text.count("\n") == 4                  # one entry a line
 
 
-def test_load_plan(tmp_path):
-    plan, path = dict(solver="ddim", high_taus=[999, 0], loss=[1e-3]), tmp_path / "plan.json"
-    save_json(path, plan)
-    assert load_plan(path, "solver", "high_taus") == plan
-    for content in (b"", b"{", b"[1]", b"3", b"null", b'"plan"', b"\xff\xfe\x00", b'{"solver": "ddim"}'):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="plan.json") as error:
-            load_plan(path, "solver", "high_taus")
-        assert "--search" in one_line(error)
-    with pytest.raises(OSError, match="none.json"):
-        load_plan(tmp_path / "none.json")
+LIKE = dict(solver="", w=1.0, high_taus=[0])
+
+
+def test_find_plan(tmp_path, capsys):
+    config = dict(out=str(tmp_path / "out"), checkpoint=str(tmp_path / "run" / "weights.pt"), step=7, digest="abc")
+    found = dict(solver="ddim", w=1, high_taus=[999, 0], loss=[1e-3], step=7, network="abc")
+    assert common.find_plan(config, "plan.json", LIKE) is None
+    save_json(tmp_path / "run" / "plan.json", found)
+    assert common.find_plan(config, "plan.json", LIKE) == found and common.find_plan(config, "other.json", LIKE) is None
+    for other in (dict(step=8), dict(digest="abd")):
+        assert common.find_plan(dict(config, **other), "plan.json", LIKE) is None
+        assert str(tmp_path / "run" / "plan.json") in capsys.readouterr().out
+    save_json(tmp_path / "out" / "plan.json", dict(found, solver="dpm2"))                  # --out comes first
+    assert common.find_plan(config, "plan.json", LIKE)["solver"] == "dpm2"
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[1]", b"3", b"null", b'"plan"', b"\xff\xfe\x00", b'{"solver": "ddim"}',
+    b'{"solver": "ddim", "w": null, "high_taus": [9]}', b'{"solver": 3, "w": 1, "high_taus": [9]}',
+    b'{"solver": "ddim", "w": 1, "high_taus": "9"}', b'{"solver": "ddim", "w": 1, "high_taus": [9.5]}',
+    b'{"solver": "ddim", "w": 1, "high_taus": ["9"]}', b'{"solver": "ddim", "w": 1, "high_taus": null}'])
+def test_damaged_plans(tmp_path, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    config = dict(out=str(tmp_path), checkpoint=str(tmp_path / "weights.pt"), step=7)
+    with pytest.raises(ValueError, match="plan.json") as error:
+        common.find_plan(config, "plan.json", LIKE)
+    assert "--search" in one_line(error)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -541,7 +557,7 @@ def test_checkpoints_that_are_refused(tmp_path):
     old = {k: v for k, v in saved_state(args=dict(ch=8)).items() if k != "config"}
     nan = dict(weight=torch.tensor([1.0, float("nan")]))
     for value, words in ((saved_state(script="lowdiff"), "of 'lowdiff', not of 'c2f_trd'"), ([1, 2], "'unknown'"),
-                         (torch.zeros(3), "'unknown'"), (dict(a=1), "'unknown'"), (old, "older.*train anew"),
+                         (torch.zeros(3), "'unknown'"), (dict(a=1), "no or an older"), (old, "older.*train anew"),
                          (saved_state(ema=nan), "damaged.*not finite")):
         torch.save(value, path)
         with pytest.raises(ValueError, match=words) as error:
@@ -669,7 +685,7 @@ def test_resume_is_with_the_configuration_of_the_run(tmp_path):
     one_line(error)
     with pytest.raises(ValueError, match="holds a run already.*--resume"):
         begin(f"--train --out {tmp_path}")
-    with pytest.raises(OSError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="no run in .*none"):
         begin(f"--train --resume --out {tmp_path / 'none'}")
 
 

@@ -300,8 +300,8 @@ def test_command_line(checkpoints, few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "SPEED_BATCH", 16)
     network = common.digest(common.load_checkpoint(checkpoints["c2f"], "c2f_trd")["ema"])
     plan = dict(C2F, step=3, network=network, t_star=300)      # as if it had been searched
-    name = c2f_trd.plan_path(dict(method="c2f", solver="dpm2", start="exclusive", steps=2, low_steps=3, t_star=0), "")
-    common.save_json(checkpoints["c2f"].parent / name.name, plan)
+    name = c2f_trd.plan_name(dict(method="c2f", solver="dpm2", start="exclusive", steps=2, low_steps=3, t_star=0))
+    common.save_json(checkpoints["c2f"].parent / name, plan)
     base = f"{checkpoints['base']} --method base --solver ddim --steps 4 --out {tmp_path / 'base'}"
     argv = ["c2f_trd", "--checkpoint", checkpoints["c2f"], "--method", "c2f", "--steps", 2, "--low-steps", 3,
             "--start", "exclusive", "--n", 129, "--seeds", 2, "--seed", 4, "--per-class", "--arm", "method", "--speed",

@@ -1,8 +1,14 @@
 """Folders of images: each file is built by hand, its expected pixels are known without Pillow's help."""
+import importlib
 import io
+import json
 import os
+import re
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +17,9 @@ from PIL import Image
 
 import common
 from common import load_images
+from in_process import start_script
 
+ROOT = Path(__file__).resolve().parent.parent
 CORNERS = np.array([[10, 80], [150, 220]], np.uint8)         # top left, top right; bottom left, bottom right
 
 
@@ -334,3 +342,82 @@ def test_thousands_of_files_with_progress(tmp_path, monkeypatch):
     assert x.shape == (2000, 1, 4, 4) and (x == 3).all() and calls == [2000]
     assert np.bincount(y).tolist() == [500] * 4 and captions == ["c0", "c1", "c2", "c3"]
     assert open_files is None or len(os.listdir("/proc/self/fd")) <= open_files + 1
+
+
+def test_files_of_other_kinds_are_named(tmp_path, capsys):
+    flat(tmp_path, "a.png", 1)
+    flat(tmp_path, "b.jfif", 1)
+    for name in ("notes.txt", "raw.NEF", "extractor.pt", ".hidden"):
+        (tmp_path / name).write_text("no image")
+    assert len(load(tmp_path)[0]) == 2
+    err = capsys.readouterr().err
+    assert ".txt" in err and ".NEF" in err and ".pt" not in err and "hidden" not in err
+
+
+# ---------------------------------------------------------------------------------------------
+# From a folder to a number
+# ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def photos(tmp_path):
+    """300 images of mixed sizes, kinds and modes in three folders, called as a data set is."""
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        image = Image.fromarray(rng.integers(0, 256, (int(rng.integers(3, 40)), int(rng.integers(3, 40)), 3), np.uint8))
+        image = image.convert(("RGB", "L", "P", "RGBA")[i % 4])
+        path = tmp_path / "fashion_photos" / f"kind {i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return tmp_path / "fashion_photos"
+
+
+def train_extractor(*argv, steps=2):
+    code = ("import sys, runpy; sys.argv = sys.argv[1:]; import torch; torch.set_num_threads(1);"
+            f"exec(compile(open(sys.argv[0]).read().replace('FOLDER_STEPS = 128, 400', 'FOLDER_STEPS = 64, {steps}'), "
+            "sys.argv[0], 'exec'), {'__name__': '__main__', '__file__': sys.argv[0]})")
+    return subprocess.run([sys.executable, "-c", code, ROOT / "weights" / "train_extractor.py", *argv], text=True,
+                          capture_output=True)
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_folder_gets_an_extractor(photos, classes, tmp_path):
+    """With classes, and without: there every image is its own. From it FD of a network's samples."""
+    folder = photos if classes else photos / "kind 0"
+    if not classes:
+        for path in [*(photos / "kind 1").iterdir(), *(photos / "kind 2").iterdir()]:
+            path.rename(folder / path.name)
+    with pytest.raises(ValueError, match=re.escape(f"train_extractor.py {folder}")):
+        common.load_extractor(str(folder), torch.device("cpu"))
+    done = train_extractor(folder)
+    assert done.returncode == 0, done.stderr
+    extractor, name = common.load_extractor(str(folder), torch.device("cpu"))
+    assert name == f"small-{folder.name}" and len(extractor.words) == (4 if classes else 300)
+    report = json.loads((folder / "extractor.json").read_text())
+    assert len(report["fd"]["blur"]) == 3 and report["fd_images"] == [150, 150]
+    c2f_trd = importlib.import_module("c2f_trd")
+    result = start_script(c2f_trd, "--train", "--ch", 8, "--mult", 1, 1, "--attention", -1, "--patch", 4, "--iters", 2,
+                          "--batch", 4, "--data", folder, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    sys.path[:0] = [str(ROOT / "results")]
+    importlib.import_module("evaluate").main([
+        "c2f_trd", "--out", str(tmp_path / "run"), "--method", "base", "--solver", "ddim", "--steps", "1", "--n", "140",
+        "--seeds", "1", "--results", str(tmp_path / "results.jsonl")])
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert row["extractor"] == name and row["fd"] > 0
+
+
+def test_folders_too_small_for_a_distance(tmp_path):
+    for k in range(128):
+        flat(tmp_path / "few", f"{k}.png", k)
+    done = train_extractor(tmp_path / "few")
+    assert done.returncode == 1 and done.stderr.count("\n") <= 1 and "128 images" in done.stderr, done.stderr
+    assert not list((tmp_path / "few").glob("extractor*"))
+    flat(tmp_path / "few", "more.png", 3)                        # 129: one reference, no halves to compare
+    done = train_extractor(tmp_path / "few")
+    assert done.returncode == 0 and "fd" not in json.loads((tmp_path / "few" / "extractor.json").read_text())
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["nowhere"], ["a", "b"], ["a", "32", "c"]])
+def test_wrong_use_of_the_extractors_training(argv):
+    done = train_extractor(*argv)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "FOLDER" in done.stderr + done.stdout or (
+        argv == ["nowhere"] and "nowhere" in done.stderr and done.stderr.count("\n") == 1)

@@ -614,7 +614,7 @@ def test_plans_that_do_not_fit(steps, truncate, told):
 
 def test_make_plan_finds_what_was_searched(tmp_path):
     config = config_of(stages=[16, 32], out=str(tmp_path), checkpoint="", step=7)
-    paper, path = c.paper_plan([16, 32]), c.plan_path(config, tmp_path)
+    paper, path = c.paper_plan([16, 32]), tmp_path / c.plan_name(config)
     assert c.make_plan(None, config, "cpu") == paper
     found = dict(paper, evaluations=[21, 17], step=7)
     common.save_json(path, found)

@@ -316,7 +316,7 @@ def test_edges_of_fashion10k(garments):
 
 def test_scale_and_number_of_images(garments):
     """The edges depend on the range of the pixels (D3) and on how near the images are to each other."""
-    wide, narrow = (m.cluster_timesteps("optimal", 3, x, 400)[0] for x in (garments[:500], (garments[:500] + 1) / 2))
+    wide, narrow = (m.cluster_timesteps("optimal", 3, x, 400)[0] for x in (garments[:500], garments[:500] / 2))
     assert all(b < a - 0.05 for a, b in zip(wide, narrow))
     assert m.cluster_timesteps("optimal", 3, garments[:2000], 400)[0][0] < wide[0]
 
@@ -361,7 +361,8 @@ def test_algorithm2_by_brute_force(garments, method, n):
 @pytest.mark.parametrize("data, words", [
     (torch.zeros(9, 1, 8, 8, dtype=torch.uint8), "float images"), (torch.full((9, 1, 8, 8), 255.0), "float images"),
     (torch.full((9, 1, 8, 8), math.nan), "float images"), (torch.zeros(9, 1, 8, 8, dtype=torch.int64), "float images"),
-    (torch.zeros(1, 1, 8, 8), "at least two images")])
+    ((torch.arange(576.0) / 576).view(9, 1, 8, 8), "0.0 .. 0.99.*float images in .-1, 1"),       # of ToTensor
+    (torch.full((1, 1, 8, 8), -1.0), "at least two images")])
 @pytest.mark.parametrize("method", ["optimal", "optimal2"])
 def test_data_that_cannot_be_clustered(data, words, method):
     with pytest.raises(ValueError, match=words) as error:

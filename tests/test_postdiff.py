@@ -503,7 +503,7 @@ def test_search_finds_a_planted_optimum(tmp_path, monkeypatch, capsys):
     assert asked == [(6, 0), (6, 2), (6, 3), (8, 0), (8, 2), (8, 4), (12, 6)]
     assert "% of the MACs, caption score[planted]" in capsys.readouterr().out
     n = len(asked)
-    assert p.make_plan(net, config, "cpu") == plan == json.loads(p.plan_path(config, tmp_path).read_text())
+    assert p.make_plan(net, config, "cpu") == plan == json.loads((tmp_path / p.plan_name(config)).read_text())
     assert len(asked) == n                                     # found, not searched
     p.make_plan(net, dict(config, step=8), "cpu")              # of another network
     assert len(asked) == 2 * n

@@ -165,16 +165,20 @@ def build_net(config):
 
 
 # ---- Data, loss ------------------------------------------
+def check_config(config):
+    R, stages, factor = map(config.get, ("res", "stages", "factor"))
+    if stages != [stages[-1] >> i for i in reversed(range(len(stages)))] or stages[-1] * factor != R:
+        raise ValueError(f"--stages {' '.join(map(str, stages))}: each twice the one before, the last times --factor "
+                         f"{factor}, the images' {R}")
+
+
 def load_data(config):
     """Latents float (N, latent, r, r) and classes (N,) of --data; notes the images' shape, the classes' names and the
     autoencoder's file in config. The autoencoder is that of the run to go on with, or of --init, else of a file."""
     x, y, captions = load_images(config["data"], config["res"])
     config.update(channels=x.shape[1], res=x.shape[-1], captions=captions)
-    stages, shape = config["stages"], [config[k] for k in ("channels", "latent", "factor")]
-    doubled = [stages[-1] >> i for i in reversed(range(len(stages)))]
-    if stages != doubled or stages[-1] * config["factor"] != config["res"]:
-        raise ValueError(f"--stages {' '.join(map(str, stages))}: each must be twice the one before, the last one, "
-                         f"times --factor {config['factor']}, the images' {config['res']}")
+    check_config(config)
+    shape = [config[k] for k in ("channels", "latent", "factor")]
     device, path = start_device(config["device"])[0], Path(config["out"]) / "checkpoint.pt"
     if config["init"] and not config["resume"]:
         if {"autoencoder", "ae_iters"} & config["given"]:
@@ -270,9 +274,9 @@ def plan_of(config, plan_of=script.plan_of):
     return dict(plan_of(config), guidance=config["guidance"])
 
 
-def plan_path(config, folder):
-    """Where a searched plan lies."""
-    return Path(folder) / f"plan_{'-'.join(map(str, config['stages']))}_guidance{config['guidance']:g}.json"
+def plan_name(config):
+    """The file of a searched plan."""
+    return f"plan_{'-'.join(map(str, config['stages']))}_guidance{config['guidance']:g}.json"
 
 
 def levels_of(plan):
@@ -321,8 +325,8 @@ def generate(net, config, plan, seeds, device):
         return net.autoencoder.decode(z.float())
 
 
-for hook in (build_net, load_data, reference_images, draw_batch, training_loss, paper_plan, plan_of, plan_path,
-             levels_of, stops_of, describe, search, generate):
+for hook in (build_net, check_config, load_data, reference_images, draw_batch, training_loss, paper_plan, plan_of,
+             plan_name, levels_of, stops_of, describe, search, generate):
     setattr(script, hook.__name__, hook)
 
 if __name__ == "__main__":

@@ -84,11 +84,11 @@ def split(name, res):
         return x[~test], y[~test], captions, x[test], y[test], 30 if name in EMOJI else 3, x, y
     if len(x) <= Extractor.width:
         raise ValueError(f"{name} has {len(x)} images: a Frechet distance takes more than {Extractor.width}")
+    epochs = max(3, FOLDER_STEPS * BATCH // len(x))
     if len(captions) == 1:                                     # every image is a class of its own
         y, captions = torch.arange(len(x)), [str(i) for i in range(len(x))]
-        return x, y, captions, x, y, max(30, FOLDER_STEPS * BATCH // len(x)), x, y
+        return x, y, captions, x, y, epochs, x, y
     test = torch.arange(len(x)) % 10 == 9
-    epochs = max(3, FOLDER_STEPS * BATCH // len(x))
     return x[~test], y[~test], captions, x[test], y[test], epochs, x, y
 
 

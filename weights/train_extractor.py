@@ -123,7 +123,11 @@ def main(name, res):
     print(f"{report}\n{path}")
 
 
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-") or not "".join(sys.argv[2:] or "32").isdigit():
+def start(argv):
+    if len(argv) not in (1, 2) or argv[0].startswith("-") or not "".join(argv[1:] or "32").isdigit():
         sys.exit(__doc__)
-    run_main(lambda: main(sys.argv[1], int("".join(sys.argv[2:] or "32"))), "train_extractor")
+    main(argv[0], int("".join(argv[1:] or "32")))
+
+
+if __name__ == "__main__":
+    run_main(lambda: start(sys.argv[1:]), "train_extractor")

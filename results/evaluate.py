@@ -150,7 +150,7 @@ def measure(module, net, config, plan, n=2000, seed=0, data=None, extractor="sma
         fd=frechet_distance(feature_stats(features), reference["stats"]), **score, **cost,
         seconds_per_image=seconds / n, device=name, precision=config["precision"], torch=torch.__version__,
         images_seen=config["step"] * config["batch"], weights_sha256=sha256_of(config["checkpoint"]),
-        source_sha256=sha256_of(module.__file__), config=short(config), plan=plan), **fields}
+        source_sha256=sha256_of(getattr(module, "SOURCE", module.__file__)), config=short(config), plan=plan), **fields}
 
 
 def append_row(path, row=None):
@@ -176,7 +176,9 @@ def load_script(name):
         if (folder / f"{name}.py").is_file() and name != "common":
             sys.path[:0] = [str(folder)] * (str(folder) not in sys.path)
             module = importlib.import_module(name)
-            return getattr(module, "script", module)           # a variant's changed copy of its script
+            script = getattr(module, "script", module)         # a variant's changed copy of its script
+            script.SOURCE = module.__file__                    # whose hash the lines have
+            return script
     raise ValueError(f"no script '{name}': c2f_trd, lowdiff, multistage, postdiff or a file of variants/ comes first")
 
 

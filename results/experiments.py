@@ -73,7 +73,7 @@ def note(script, experiment, arm, cells, **fields):
     """Appends a line of what is no FD: cells {column: value}, and what only a figure needs."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     row = dict(experiment=experiment, arm=arm, cells=cells, **fields, device=device, torch=torch.__version__,
-               source_sha256=sha256_of(load_script(script).__file__))
+               source_sha256=sha256_of(load_script(script).SOURCE))
     print(f"{experiment}, {arm}: {cells}", flush=True)
     append_row(folder_of(script) / "results.jsonl", row)
     return row

@@ -14,6 +14,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("c2f_trd", "lowdiff", "multistage", "postdiff")
 SAME = ("experiment", "arm", "data", "n", "extractor")         # equal conditions, beside the seed
+ARMS = ("off switch", "best plain", "method")                  # of a headline
 LEDGERS = (                    # the cells of the ledgers that say most; the ledger.json of each script has them all
     ("c2f_trd", "", "CIFAR10: parameters"), ("c2f_trd", "", "CIFAR10 8->32, T_f=10: relative MACs, %"),
     ("lowdiff", "", "CIFAR10 lowdiff 8-16-32: parameters"), ("lowdiff", "", "CIFAR10 cdm 16-32: parameters"),
@@ -82,6 +83,7 @@ def table(folder, experiment):
     found = groups(load(folder), experiment)
     if not found:
         return [to_do(folder.name, experiment)]
+    found.sort(key=lambda g: ARMS.index(g[-1]["arm"]) if g[-1]["arm"] in ARMS else 0)
     own = list(dict.fromkeys(key for g in found for key in g[-1].get("cells", {})))
     measured = [g for g in found if "fd" in g[0]]
     labels = {fd_label([g]) for g in measured}
@@ -116,7 +118,7 @@ def reached(rows):
 
 def verdict(script, arms, rows):
     """What was aimed at, and whether the headline's arms (off switch, method, perhaps best plain) meet it."""
-    off, method, plain = (arms.get(name) for name in ("off switch", "method", "best plain"))
+    off, plain, method = (arms.get(name) for name in ARMS)
     share = method[-1]["macs_per_image"] / off[-1]["macs_per_image"]
     if script == "c2f_trd":
         ahead = bool(plain) and average(method) < average(plain)
@@ -144,7 +146,8 @@ def summary():
         rows = load(ROOT / "results" / script)
         arms = {g[-1]["arm"]: g for g in groups(rows, "headline") if g[-1]["extractor"].startswith("small")}
         if not {"off switch", "method"} <= set(arms):
-            lines.append([f"{script}.py", to_do(script, "headline"), *[""] * 5])
+            measured = map(cell, map(arms.get, ARMS)) if arms else [""] * 3
+            lines.append([f"{script}.py", *measured, "", to_do(script, "headline"), ""])
             continue
         aim, met = verdict(script, arms, rows)
         off, method = arms["off switch"][-1], arms["method"][-1]
@@ -152,7 +155,7 @@ def summary():
         macs += f"; {method['speedup']:.2f} times the images/s" if "speedup" in method else ""
         if "training_macs" in method:
             macs += f"; training {100 * method['training_macs'] / off['training_macs']:.0f} %"
-        lines.append([f"{script}.py", *(cell(arms.get(name)) for name in ("off switch", "best plain", "method")), macs,
+        lines.append([f"{script}.py", *map(cell, map(arms.get, ARMS)), macs,
                       aim, "**yes**" if met else "no"])
     return as_table("script|off switch|best plain|method|MACs of the off switch's|the aim|met".split("|"), lines)
 

@@ -405,3 +405,26 @@ def test_tables_are_what_the_report_makes(tmp_path):
     for page in ROOT.glob("results/*/README.md"):
         assert (tmp_path / page.relative_to(ROOT)).read_text() == page.read_text(), page
     assert (tmp_path / "README.md").read_text().count("\n| ") > 20
+
+
+def test_lines_are_of_the_shipped_weights():
+    """A network that was replaced leaves no line behind."""
+    for path in ROOT.glob("results/*/results.jsonl"):
+        for row in map(json.loads, path.read_text().splitlines()):
+            checkpoint = row.get("config", {}).get("checkpoint", "")
+            if checkpoint.startswith("weights/"):
+                assert row["weights_sha256"] == common.sha256_of(ROOT / checkpoint), f"{path}: {row['arm']}"
+
+
+def test_what_is_measured_is_not_measured_again(lab, monkeypatch):
+    """Lines that are there already are taken as they are; a new seed, plan or network is measured."""
+    argv = "--checkpoint weights/c2f_trd/base.pt --method base --steps 4"
+    first = experiments.record("c2f_trd", "other", argv, seeds=2)
+    path, n = experiments.folder_of("c2f_trd") / "results.jsonl", len(lab)
+    sha = common.sha256_of("weights/c2f_trd/base.pt")
+    rows = [dict(json.loads(line), weights_sha256=sha) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = experiments.record("c2f_trd", "other", argv, seeds=3)
+    assert len(lab) == n + 1 and [row["seed"] for row in again] == [0, 1, 2] and len(first) == 2
+    experiments.record("c2f_trd", "other", argv + " --start exclusive", arm=argv, seeds=1)
+    assert len(lab) == n + 2

@@ -181,9 +181,23 @@ def choices():
 
 
 def samples():
-    """stages.png: what leaves the 8x8, the 16x16 and the 32x32 stage, from the same seeds; below them EDM."""
+    """stages.png: x0_hat at the end of the 8x8, the 16x16 and the 32x32 stage, from the same seeds; below them EDM."""
     seen, cascade = [], low.cascade_sample
-    with mock.patch.object(low, "cascade_sample", lambda stages: seen.extend(images := cascade(stages)) or images):
+
+    def watched(stages):
+        last = [None] * len(stages)                            # of each stage; the images handed on are still noisy
+
+        def watch(i, denoiser):
+            def call(*args):
+                last[i] = denoiser(*args)
+                return last[i]
+            return call
+
+        images = cascade([(watch(i, denoiser), *rest) for i, (denoiser, *rest) in enumerate(stages)])
+        seen.extend(last)
+        return images
+
+    with mock.patch.object(low, "cascade_sample", watched):
         for argv in (WEIGHTS, EDM):
             module, net, config, plan, device = opened(S, argv)
             module.generate(net, config, plan, range(16), device)

@@ -470,8 +470,8 @@ DAMAGED = {                    # what a hand may do to a checkpoint's configurat
 @each_script
 def test_damaged_configurations(name, run, tmp_path):
     saved, path = load(run.out / "weights.pt"), tmp_path / "a.pt"
-    groups = importlib.import_module(name).CONFIG
-    gone = [{k: v for k, v in saved["config"].items() if k != key} for key in [*groups["network"], "channels"]]
+    network = list(importlib.import_module(name).CONFIG["network"])
+    gone = [{k: v for k, v in saved["config"].items() if k != key} for key in ("mult", network[-1], "channels")]
     changed = [dict(saved["config"], **change) for change in DAMAGED["all"] + DAMAGED[name]]
     for value in [dict(saved, config=config) for config in gone + changed] + [
             dict(saved, config=None), dict(saved, config=[]), dict(saved, ema=None), dict(saved, ema=dict(a=1)),

@@ -128,6 +128,7 @@ def lab(tmp_path, monkeypatch):
             monkeypatch.setattr(sys.modules[name], "load_images", few_images)
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     monkeypatch.setattr(experiments, "measure", measure)
+    monkeypatch.setattr(experiments, "cost_of", lambda module, config, plan: dict(macs_per_image=1e6 * cost_of(plan)))
     monkeypatch.chdir(tmp_path)
     for script, module in MODULES.items():
         (tmp_path / "results" / script).mkdir(parents=True)
@@ -187,7 +188,7 @@ def test_experiment(lab, script, name, monkeypatch, tmp_path):
         pipe = mock.Mock(**{"to.return_value": None})
         monkeypatch.setitem(sys.modules, "pipelines", mock.Mock(pipeline=lambda *args: (pipe, {})))
         monkeypatch.setattr(module, "load_script", lambda name: mock.Mock())
-        monkeypatch.setattr(experiments, "load_script", lambda name: mock.Mock(__file__=__file__))
+        monkeypatch.setattr(experiments, "load_script", lambda name: mock.Mock(SOURCE=__file__))
     if (script, name) == ("c2f_trd", "speed"):
         monkeypatch.setitem(sys.modules, "diffusers", mock.Mock(UNet2DModel=Sampled))
     with contextlib.redirect_stdout(None):

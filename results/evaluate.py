@@ -109,16 +109,20 @@ def short(config):
             if k not in (*ACTIONS, "given") and not (isinstance(v, (list, dict)) and len(v) > SHORT)}
 
 
+def compared_with(config, data=None):
+    """What FD compares with: by default fashion10k, held out, for networks of Fashion-MNIST, else their own data."""
+    return data or ("fashion10k" if config["data"] in ("fashion", "fashion10k") else config["data"])
+
+
 @full_fp32()
 def measure(module, net, config, plan, n=2000, seed=0, data=None, extractor="small", pool=None, **fields):
     """One line of results.jsonl, a dict: n images of a plan, from the seeds seed n .. seed n + n - 1.
 
     module: an imported script; net, config: of its load_net (net on any device: features are extracted there, too);
-    data: what FD compares with, by default fashion10k, held out, for networks of Fashion-MNIST, else the network's own.
+    data: see compared_with.
     extractor: see get_extractor. pool: a list that gets (extractor, reference, features, second outputs). fields: more
     of the line (experiment, arm, ...). Raises ValueError, before sampling, if n or the data do not suit."""
-    device, own = next(net.parameters()).device, config["data"]
-    data = data or ("fashion10k" if own in ("fashion", "fashion10k") else own)
+    device, data = next(net.parameters()).device, compared_with(config, data)
     network, label = get_extractor(extractor, data, device)
     least = 2000 if label == "efficientnet-lite0" else network.width + 1
     if n < least:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "results")) if p not in sys.path]
-from evaluate import append_row, cost_of, load_all, load_script, measure  # noqa: E402
+from evaluate import append_row, compared_with, cost_of, load_all, load_script, measure  # noqa: E402
 from common import count_macs, parse_config, run_main, save_grid, sha256_of  # noqa: E402
 
 BUDGET = 1.2e14                # forward MACs that train a shipped network
@@ -48,8 +48,10 @@ def record(script, experiment, argv, arm="", seeds=3, n=2000, change=None, cells
     path = folder_of(module.SCRIPT) / "results.jsonl"
     there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = dict(experiment=experiment, arm=arm or argv, n=n, weights_sha256=sha256_of(config["checkpoint"]),
-                 plan=json.loads(json.dumps(plan)))
-    there = {row["seed"]: row for row in there if all(row.get(k) == v for k, v in known.items())}
+                 plan=json.loads(json.dumps(plan)), data=compared_with(config, fields.get("data")))
+    there = {row["seed"]: row for row in there if all(row.get(k) == v for k, v in known.items())
+             and row["extractor"].startswith(fields.get("extractor", "small").partition(":")[0])
+             and "pool" not in fields}                         # whose features are wanted, not only the line
     cells = {} if len(there) >= seeds else cells(net, config, plan, device) if callable(cells) else cells or {}
     for seed in range(seeds):
         if seed in there:

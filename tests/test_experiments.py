@@ -115,7 +115,8 @@ def lab(tmp_path, monkeypatch):
                              captions=list(common.FASHION_CLASSES))
             pool.append((common.load_extractor(data, torch.device("cpu"))[0], reference,
                          torch.randn(400, 128).double(), torch.randn(400, 64)))
-        row = dict(fields, n=n, seed=seed, data=data or config["data"], extractor="small-fashion", fd=1 + seed / 10,
+        row = dict(fields, n=n, seed=seed, data=evaluate.compared_with(config, data), extractor="small-fashion",
+                   fd=1 + seed / 10,
                    macs_per_image=1e6 * cost_of(plan), seconds_per_image=0.1, images_seen=12, plan=plan,
                    config=evaluate.short(config), inception_score=5.0, caption_score=0.3)
         return {**dict.fromkeys(FIELDS, ""), **row}
@@ -427,5 +428,7 @@ def test_what_is_measured_is_not_measured_again(lab, monkeypatch):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     again = experiments.record("c2f_trd", "other", argv, seeds=3)
     assert len(lab) == n + 1 and [row["seed"] for row in again] == [0, 1, 2] and len(first) == 2
-    experiments.record("c2f_trd", "other", argv + " --start exclusive", arm=argv, seeds=1)
-    assert len(lab) == n + 2
+    for more in ({}, dict(extractor="efficientnet-lite0"), dict(data="emoji"), dict(pool=[])):
+        n = len(lab)
+        experiments.record("c2f_trd", "other", argv + " --start exclusive" * (not more), arm=argv, seeds=1, **more)
+        assert len(lab) == n + 1, more

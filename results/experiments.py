@@ -38,26 +38,30 @@ def opened(script, argv):
     return module, *load_all(module, words)
 
 
-def record(script, experiment, argv, arm="", seeds=3, n=2000, change=None, cells=None, **fields):
+def record(script, experiment, argv, arm="", seeds=3, n=2000, change=None, cells=None, folder=None, **fields):
     """Measures a command line of a script, a variant or a changed copy for some seeds, and appends the lines to the
-    tracked results of the script, but for those that they have already: what was broken off goes on. change(plan):
-    another plan than the command line's. cells: further columns of the table, or a function of (net, config, plan,
-    device) that gives them. Returns the lines."""
+    tracked results of the script, or of another folder, but for those that they have already: what was broken off goes
+    on, what another experiment measured is copied. change(plan): another plan than the command line's. cells: further
+    columns of the table, or a function of (net, config, plan, device) that gives them. Returns the lines."""
     module, net, config, plan, device = opened(script, argv)
     plan, rows = change(plan) if change else plan, []
-    path = folder_of(module.SCRIPT) / "results.jsonl"
-    there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = dict(experiment=experiment, arm=arm or argv, n=n, weights_sha256=sha256_of(config["checkpoint"]),
-                 plan=json.loads(json.dumps(plan)), data=compared_with(config, fields.get("data")))
-    there = {row["seed"]: row for row in there if all(row.get(k) == v for k, v in known.items())
+    path, own = folder_of(folder or module.SCRIPT) / "results.jsonl", dict(experiment=experiment, arm=arm or argv)
+    lines = [json.loads(line) for p in sorted(ROOT.glob("results/*/results.jsonl"))
+             for line in p.read_text().splitlines()]
+    known = dict(n=n, weights_sha256=sha256_of(config["checkpoint"]), plan=json.loads(json.dumps(plan)),
+                 data=compared_with(config, fields.get("data")))
+    lines = [row for row in lines if all(row.get(k) == v for k, v in known.items()) and "fd" in row
              and row["extractor"].startswith(fields.get("extractor", "small").partition(":")[0])
-             and "pool" not in fields}                         # whose features are wanted, not only the line
+             and "pool" not in fields]                         # whose features are wanted, not only the line
+    same = {row["seed"]: row for row in lines}
+    there = {row["seed"]: row for row in lines if all(row[k] == v for k, v in own.items())}
     cells = {} if len(there) >= seeds else cells(net, config, plan, device) if callable(cells) else cells or {}
     for seed in range(seeds):
         if seed in there:
             rows.append(there[seed])
             continue
-        row = measure(module, net, config, plan, n, seed, experiment=experiment, arm=arm or argv, cells=cells, **fields)
+        row = {**same[seed], **own, "cells": cells, **fields} if seed in same else measure(
+            module, net, config, plan, n, seed, **own, cells=cells, **fields)
         print(f"{experiment}, {arm or argv}, seed {seed}: FD[{row['extractor']}]@{n} {row['fd']:.3f}, "
               f"{row['macs_per_image'] / 1e6:,.0f} MMACs an image", flush=True)
         append_row(path, row)

@@ -114,9 +114,23 @@ def fig_classes(rows, axes):
     return bool(found)
 
 
+def fig_shootout(rows, axes):
+    found = groups(rows, "shootout")
+    right = "DDIM", "2M", "EDM", "LowDiff", "DPM", "Multi", "PostDiff"
+    for ax, words in zip(axes, (("DDIM", "2M", "TRD", "C2F"), right)):
+        curves = {name: g for name, g in sort(found, lambda r: r["method"]).items() if name.startswith(words)}
+        lines_of(ax, curves, mmacs, xscale="log", yscale="log", xlabel="MMACs an image", ylabel=fd_label(found))
+        for axis, first in (ax.xaxis, 2000), (ax.yaxis, 0.1):
+            ticks = [first * 2 ** i for i in range(6)]
+            axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
+            axis.set_ticks([], minor=True)
+    return bool(found)
+
+
 FIGURES = dict(
     c2f_trd=dict(fig6=fig_steps, fig5=fig_transition, classes=fig_classes), lowdiff=dict(truncation=fig_truncation),
-    multistage=dict(fig1d=fig_fig1d, plan_optimal_3=fig_similarity), postdiff=dict(fig4=fig_fig4, fig7=fig_fig7))
+    multistage=dict(fig1d=fig_fig1d, plan_optimal_3=fig_similarity), postdiff=dict(fig4=fig_fig4, fig7=fig_fig7),
+    shootout=dict(shootout=fig_shootout))
 
 
 def draw():

@@ -84,23 +84,28 @@ def table(folder, experiment):
     if not found:
         return [to_do(folder.name, experiment)]
     found.sort(key=lambda g: ARMS.index(g[-1]["arm"]) if g[-1]["arm"] in ARMS else 0)
+    if experiment == "shootout":
+        found.sort(key=lambda g: -g[-1]["macs_per_image"])     # 100-step DDIM is the first
     own = list(dict.fromkeys(key for g in found for key in g[-1].get("cells", {})))
     measured = [g for g in found if "fd" in g[0]]
     labels = {fd_label([g]) for g in measured}
     scores = [key for key in ("inception_score", "caption_score") if any(key in g[0] for g in measured)]
     head, lines = ["arm", *own], []
+    clock = {r["device"] if "seconds_per_image" in r else None for g in measured for r in g}
+    clock = ["s / image"] * (len(clock) == 1 and None not in clock)            # of one machine only
     if measured:
-        head += ["MMAC / image", "of the first", "s / image", labels.pop() + " ↓" if len(labels) == 1 else "FD ↓",
+        head += ["MMAC / image", "of the first", *clock, labels.pop() + " ↓" if len(labels) == 1 else "FD ↓",
                  *(f"{key.replace('_', ' ')} ↑" for key in scores), "training images", "seeds"]
     for g in found:
-        r = g[-1]
+        r, known = g[-1], {key for key in scores if all(key in r for r in g)}
         cells = [r["arm"], *(text_of(r.get("cells", {}).get(key, "")) for key in own)]
         if "fd" in r:
             fd = pm([r["fd"] for r in g], 3) + (f" @{r['n']}, {r['extractor']}" if labels else "")
             best = not labels and len(found) > 2 and average(g) == min(map(average, measured))
             share = 100 * r["macs_per_image"] / measured[0][0]["macs_per_image"]
-            cells += [f"{r['macs_per_image'] / 1e6:,.0f}", f"{share:.1f} %", f"{average(g, 'seconds_per_image'):.4f}",
-                      f"**{fd}**" if best else fd, *(pm([r[k] for r in g], 3) if k in r else "" for k in scores),
+            cells += [f"{r['macs_per_image'] / 1e6:,.0f}", f"{share:.1f} %",
+                      *(f"{average(g, 'seconds_per_image'):.4f}" for _ in clock),
+                      f"**{fd}**" if best else fd, *(pm([r[k] for r in g], 3) if k in known else "" for k in scores),
                       f"{r['images_seen']:,}", str(len(g))]
         lines.append(cells + [""] * (len(head) - len(cells)))
     return as_table(head, lines)

@@ -47,7 +47,7 @@ def module_of(script):
     return module
 
 
-MODULES = {script: module_of(script) for script in SCRIPTS}
+MODULES = {script: module_of(script) for script in (*SCRIPTS, "shootout")}
 CLUSTERINGS, *_ = map(experiments.load_script, ("multistage_clusterings", *VARIANTS))
 IMAGES, NETWORKS, READ, FEW = {}, {}, common.load_images, 40
 
@@ -90,6 +90,7 @@ def load_checkpoint(path, script):
 
 
 def fake_trained(script, name, argv, macs=None):
+    tiny(script, argv, Path("runs") / name / "weights.pt")
     return tiny(script, argv, Path("runs") / name / "checkpoint.pt")
 
 
@@ -133,7 +134,9 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script, module in MODULES.items():
         (tmp_path / "results" / script).mkdir(parents=True)
+        (tmp_path / "results" / script / "results.jsonl").touch()
         stubs = dict(trained=fake_trained, load_images=few_images, HELD_OUT=2, training_macs=lambda module, config: 1e6,
+                     sigma_search=lambda denoiser, noise, sigmas, x_ref: sigmas,
                      cost_of=lambda *_: dict(macs_per_image=1e6),
                      timed=lambda *calls, **_: [(call(), 0.5)[1] for call in calls],
                      measure_speed=lambda *_: dict(images_per_s=2.0, against_images_per_s=1.0, speedup=2.0,
@@ -141,10 +144,10 @@ def lab(tmp_path, monkeypatch):
         for name, stub in stubs.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stub)
-        for name, options in SHIPPED[script].items():
+        for name, options in SHIPPED.get(script, {}).items():
             tiny(script, options, Path("weights") / script / f"{name}.pt")
     c2f, _, many, post = (experiments.load_script(script) for script in SCRIPTS)
-    for module, constants in ((c2f, dict(REFERENCE_STEPS=12, CALIBRATION=1, PCA=4)),
+    for module, constants in ((c2f, dict(REFERENCE_STEPS=12, CALIBRATION=1, PCA=4, BEST_OF=c2f.BEST_OF[:2])),
                               (post, dict(CALIBRATION=2, STEPS=(2,), REFERENCE_STEPS=3, BUDGET=1,
                                           count_macs=lambda fn: 1))):
         for name, value in constants.items():
@@ -174,7 +177,7 @@ def rows_of(folder):
 
 
 SLOW = {("c2f_trd", "steps"), ("c2f_trd", "starts")}           # searches of many plans: a few of them
-CASES = [(script, f.__name__) for script in SCRIPTS for f in MODULES[script].FUNCTIONS]
+CASES = [(script, f.__name__) for script in MODULES for f in MODULES[script].FUNCTIONS]
 
 
 @pytest.mark.parametrize("script, name", CASES)
@@ -198,6 +201,7 @@ def test_experiment(lab, script, name, monkeypatch, tmp_path):
         assert any((tmp_path / "results" / script).glob("*.png"))
         return
     rows, plans = rows_of(tmp_path / "results" / script), set()
+    name = "shootout" if script == "shootout" else name
     assert any(row["experiment"] == name for row in rows)
     for row in rows:
         assert row["arm"] and isinstance(row["cells"], dict), row
@@ -220,6 +224,36 @@ def test_experiment(lab, script, name, monkeypatch, tmp_path):
         with mock.patch.object(report, "ROOT", tmp_path):
             line = next(line for line in report.summary() if line.startswith(f"| {script}.py"))
         assert "FD 1.10 ± 0.10" in line and line.split("|")[-2].strip() in ("no", "**yes**")
+
+
+def test_postdiff_on_the_base_network(lab):
+    """The shoot-out's caching with every pass full is c2f_trd's own sampler; a pass that is not full is cheaper."""
+    module, c2f = MODULES["shootout"], experiments.load_script("c2f_trd")
+    _, net, config, plan, device = experiments.opened("c2f_trd", f"{module.BASE} --method base --steps 4")
+    ours, macs = c2f.generate(net, config, plan, range(2), device), []
+    for k in (1, 2):
+        plan = dict(plan, n_low=0, k=k)
+        images = module.generate_postdiff(net, config, plan, range(2), device)
+        macs.append(common.count_macs(lambda p=plan: module.generate_postdiff(net, config, p, range(2), device)))
+        assert torch.allclose(images, ours, atol=1e-5) == (k == 1)
+    assert macs[1] < macs[0] == common.count_macs(lambda: c2f.generate(net, config, plan, range(2), device))
+    images = module.generate_postdiff(net, config, dict(plan, n_low=2, k=1), range(2), device)
+    assert images.shape == ours.shape and not torch.allclose(images, ours)
+
+
+def test_searched_noise_levels():
+    """Against a denoiser whose exact answer is known: the error to it falls, the levels stay in order."""
+    module, low = MODULES["shootout"], experiments.load_script("lowdiff")
+
+    def denoiser(xt, sigma):                                   # of data that is normal with deviation .5
+        return xt * 0.25 / (0.25 + sigma ** 2)
+
+    noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    begin, x_ref = low.noise_levels(4, 0.01, 50.0), 0.5 * noise
+    found = module.sigma_search(denoiser, noise, begin, x_ref)
+    errors = [float((low.heun_sample(denoiser, noise, levels) - x_ref).square().mean()) for levels in (begin, found)]
+    assert errors[1] < errors[0] / 2 and len(found) == 5 and all(a > b for a, b in zip(found, found[1:]))
+    assert found[-1] == 0
 
 
 def test_real_conditions_are_real_images(lab):

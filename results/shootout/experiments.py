@@ -1,0 +1,194 @@
+"""The shoot-out: all four papers and the usual samplers, on Fashion-MNIST, networks of equal training MACs: one table,
+one figure, one grid. None of the papers has it.
+
+    python results/shootout/experiments.py plain trd            # these lines; then python results/report.py
+"""
+import itertools
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments import folder_of, opened, record, start, trained  # noqa: E402
+import c2f_trd as c2f  # noqa: E402
+import lowdiff as low  # noqa: E402
+import multistage  # noqa: E402, F401
+import postdiff  # noqa: E402
+from common import linear_alpha_bar, noise_for, save_grid  # noqa: E402
+
+S = "shootout"
+BASE, COARSE, EDM, LOW, UNIFIED = (f"--checkpoint weights/{path}.pt" for path in (
+    "c2f_trd/base", "c2f_trd/weights", "lowdiff/edm", "lowdiff/weights", "multistage/unified"))
+SOLVERS = {"ddim": "DDIM", "dpm2": "2M"}
+SIXTY = "--data fashion --batch 256 --edges 0.485 0.7062", 1.73e14     # results/multistage/experiments.py: sixty
+STARTS = {"inclusive": "paper's start", "best": "best start"}
+SIGMAS, ROUNDS = 12, 4                 # candidates of a noise level, sweeps: of the search for LowDiff's last stage
+
+
+def line(method, arm, script, argv, generate=None, change=None):
+    """A line of the table for three seeds. generate: in place of the script's."""
+    with mock.patch.object(sys.modules[script], "generate", generate or sys.modules[script].generate):
+        record(script, S, argv, arm, change=change, folder=S, method=method)
+
+
+def plain():
+    """DDIM, DPM-Solver++ 2M from the best usual steps, DPM-Solver-3 (on the unified network): fewer and fewer steps."""
+    for solver, K in (*itertools.product(SOLVERS, (5, 10, 20)), ("ddim", 50)):
+        line(SOLVERS[solver], f"{SOLVERS[solver]}, {K} steps", "c2f_trd",
+             f"{BASE} --method base --solver {solver} --steps {K} --start best")
+    line("DDIM", "DDIM, 100 steps", "c2f_trd", f"{BASE} --method base --solver ddim --steps 100")
+    for nfe in (6, 9, 12, 20):
+        line("DPM-Solver-3", f"DPM-Solver-3, {nfe} evaluations", "multistage", f"{UNIFIED} --nfe {nfe}")
+
+
+def edm():
+    """EDM's Heun, with labels: fewer and fewer steps."""
+    for N in (4, 7, 12, 18):
+        line("EDM", f"EDM, {2 * N - 1} evaluations", "lowdiff", f"{EDM} --steps {N}")
+
+
+def trd():
+    """TRD alone and C2F+TRD, from the paper's steps and from the best usual ones; C2F alone."""
+    for solver, K, first in (("dpm2", 5, "inclusive"), ("dpm2", 5, "best"), ("ddim", 5, "inclusive"),
+                             ("dpm2", 10, "best")):
+        for method, name in (("trd", "TRD"), ("c2f+trd", "C2F+TRD")):
+            words = f"{SOLVERS[solver]}, {f'10 + {K}' if 'c2f' in method else K} steps, {STARTS[first]}"
+            line(f"{name}, {SOLVERS[solver]}, {STARTS[first]}", f"{name}, {words}", "c2f_trd",
+                 f"{COARSE if 'c2f' in method else BASE} --method {method} --solver {solver} --steps {K} "
+                 f"--start {first}")
+        if solver == "dpm2" and first == "best":
+            line("C2F, 2M, best start", f"C2F, 2M, 10 + {K} steps, best start", "c2f_trd",
+                 f"{COARSE} --method c2f --solver {solver} --steps {K} --start best")
+
+
+def lowdiff():
+    """LowDiff of three stages: the paper's plan, and shorter ones."""
+    for plan in ("18 12 9 18 13", "18 12 6 18 13", "12 9 5 12 10"):
+        *steps, a, b = plan.split()
+        line("LowDiff 8-16-32", f"LowDiff, {a} + {b} + {2 * int(steps[-1]) - 1} evaluations", "lowdiff",
+             f"{LOW} --steps {' '.join(steps)} --truncate {a} {b}")
+
+
+def stages():
+    """Multistage: a decoder for each stage of the noise, trained with 60 % of the others' MACs (the paper's claim)."""
+    checkpoint = trained("multistage", "multistage-60", *SIXTY).with_name("weights.pt")
+    for nfe in (6, 9, 12, 20):
+        line("Multistage", f"Multistage, {nfe} evaluations", "multistage", f"--checkpoint {checkpoint} --nfe {nfe}")
+
+
+def cached_forward(net):
+    """c2f_trd's network as postdiff's samplers call theirs: eps_hat, what DeepCache keeps, no cross-attentions."""
+    def forward(xt, t, text, deep=None, cross=None, depth=1):
+        emb, enc, dec = F.silu(net.emb(c2f.timestep_embedding(t, net.ch))), net.encoder, net.decoder
+        x = xt.contiguous(memory_format=torch.channels_last)
+        skips = [enc.conv_in(F.pixel_unshuffle(x, enc.patch))]
+        for layers in enc.down if deep is None else enc.down[:depth]:
+            skips.append(c2f.run_layers(layers, skips[-1], emb))
+        h = c2f.run_layers(enc.mid, skips[-1], emb) if deep is None else deep
+        for layers, skip in zip(dec.up[-len(skips):], reversed(skips)):
+            if layers is dec.up[-1 - depth]:
+                deep = h
+            h = c2f.run_layers(layers, torch.cat([h, skip], dim=1), emb)
+        v_hat = F.pixel_shuffle(dec.conv_out(F.silu(dec.norm_out(h))), dec.patch)
+        return c2f.eps_of_v(v_hat.float(), xt, t, linear_alpha_bar(c2f.T)), deep, {}
+    return forward
+
+
+def generate_postdiff(net, config, plan, seeds, device):
+    """Images of PostDiff without text on c2f_trd's base network: n_low of the steps at half the side, a full pass at
+    every k-th step."""
+    noise, low_noise = noise_for(seeds, *((config["channels"], r, r) for r in (config["res"], config["res"] // 2)))
+    with mock.patch.object(net, "forward", cached_forward(net)):
+        return postdiff.mixed_resolution_sample(
+            net, noise.to(device), plan["high_taus"], linear_alpha_bar(c2f.T), None, None, None, plan["n_low"],
+            low_noise.to(device), plan["k"], n_guided=0, choice="none", order=c2f.ORDER[plan["solver"]])
+
+
+def post():
+    """PostDiff's mixed resolution and caching on the base network, without training; TRD's steps with caching."""
+    for name, s, k in (("mixed resolution", 0.5, 1), ("caching", 0, 2), ("both", 0.5, 2)):
+        for solver, K in (("ddim", 20), ("dpm2", 10)):
+            line(f"PostDiff, {name}", f"PostDiff, {name}, {SOLVERS[solver]}, {K} steps", "c2f_trd",
+                 f"{BASE} --method base --solver {solver} --steps {K} --start best", generate_postdiff,
+                 lambda plan: dict(plan, n_low=int(s * K), k=k))
+    line("TRD with caching", "TRD with caching, 2M, 5 steps", "c2f_trd", f"{BASE} --method trd --solver dpm2 --steps 5",
+         generate_postdiff, lambda plan: dict(plan, n_low=0, k=2))
+
+
+def sigma_search(denoiser, noise, sigmas, x_ref):
+    """TRD's idea for EDM's steps: one noise level after the other is replaced by the best of SIGMAS between its
+    neighbours, by the error to x_ref, until a sweep changes nothing. Returns the levels, with the 0 at their end."""
+    def loss(levels):
+        return float((low.heun_sample(denoiser, noise, levels) - x_ref).square().mean())
+
+    sigmas, best, changed, sweeps = list(sigmas), loss(sigmas), True, 0
+    while changed and sweeps < ROUNDS:
+        changed, sweeps = False, sweeps + 1
+        for i in reversed(range(len(sigmas) - 1)):
+            above = sigmas[i - 1] if i else 2 * sigmas[0]
+            below = sigmas[i + 1] or sigmas[i] / 4
+            tried = {loss(levels): levels for levels in (
+                [*sigmas[:i], above * (below / above) ** ((j + 1) / (SIGMAS + 1)), *sigmas[i + 1:]]
+                for j in range(SIGMAS))}
+            if min(tried) < best * (1 - 1e-6):
+                best, sigmas, changed = min(tried), tried[min(tried)], True
+    return sigmas
+
+
+def last_stage(net, config, plan, seeds, device):
+    """LowDiff's last stage for its images of the stages below: denoiser(xt, sigma), noise, sigmas."""
+    found, cascade = [], low.cascade_sample
+
+    def stop(stages):
+        *below, (denoiser, noise, sigmas, _) = stages
+        z = low.upsample(cascade(below)[-1]).to(noise.dtype)
+        s = low.stops_of(plan)[-2]
+        found.append((lambda xt, sigma: denoiser(xt, sigma, z, s), noise, sigmas))
+        return [noise]
+
+    with mock.patch.object(low, "cascade_sample", stop):
+        low.generate(net, config, plan, seeds, device)
+    return found[0]
+
+
+def combined():
+    """LowDiff whose last stage takes searched noise levels: TRD's idea at EDM's steps, on 16 samples."""
+    levels_of = low.levels_of
+    with mock.patch.object(low, "levels_of", lambda plan: [*levels_of(plan)[:-1], plan["sigmas"]] if "sigmas" in plan
+                           else levels_of(plan)):
+        for N in (5, 9):
+            argv = f"{LOW} --steps 18 12 {N} --truncate 18 13"
+            _, net, config, plan, device = opened("lowdiff", argv)
+            seeds = range(c2f.CALIBRATION_SEED, c2f.CALIBRATION_SEED + c2f.CALIBRATION)
+            denoiser, noise, sigmas = last_stage(net, config, plan, seeds, device)
+            x_ref = low.heun_sample(denoiser, noise, low.noise_levels(40, *low.COND_RANGE))
+            found = [round(float(v), 5) for v in sigma_search(denoiser, noise, sigmas, x_ref)]
+            line("LowDiff, searched steps", f"LowDiff, 18 + 13 + {2 * N - 1} evaluations, searched", "lowdiff", argv,
+                 change=lambda plan: dict(plan, sigmas=found))
+
+
+GRID = (("DDIM, 10 steps", "c2f_trd", f"{BASE} --method base --solver ddim --steps 10 --start best"),
+        ("2M, 10 steps", "c2f_trd", f"{BASE} --method base --solver dpm2 --steps 10 --start best"),
+        ("TRD, 2M, 10 steps", "c2f_trd", f"{BASE} --method trd --solver dpm2 --steps 10 --start best"),
+        ("C2F+TRD, 2M, 10 + 10 steps", "c2f_trd", f"{COARSE} --method c2f+trd --solver dpm2 --steps 10 --start best"),
+        ("EDM, 13 evaluations", "lowdiff", f"{EDM} --steps 7"),
+        ("LowDiff, 12 + 10 + 9 evaluations", "lowdiff", f"{LOW} --steps 12 9 5 --truncate 12 10"),
+        ("DPM-Solver-3, 9 evaluations", "multistage", f"{UNIFIED} --nfe 9"))
+
+
+def samples(n=12):
+    """samples.png: about a tenth of 100-step DDIM's MACs, a row for each line of GRID, the same seeds."""
+    rows = []
+    for _, script, argv in GRID:
+        module, net, config, plan, device = opened(script, argv)
+        rows.append(module.sample(net, config, plan, range(n), device))
+    save_grid(folder_of(S) / "samples.png", torch.cat(rows), columns=n)
+
+
+FUNCTIONS = (plain, edm, trd, lowdiff, stages, post, combined, samples)
+
+if __name__ == "__main__":
+    start(FUNCTIONS)

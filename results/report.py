@@ -91,7 +91,7 @@ def table(folder, experiment):
     labels = {fd_label([g]) for g in measured}
     scores = [key for key in ("inception_score", "caption_score") if any(key in g[0] for g in measured)]
     head, lines = ["arm", *own], []
-    clock = {r["device"] if "seconds_per_image" in r else None for g in measured for r in g}
+    clock = {r.get("device") if "seconds_per_image" in r else None for g in measured for r in g}
     clock = ["s / image"] * (len(clock) == 1 and None not in clock)            # of one machine only
     if measured:
         head += ["MMAC / image", "of the first", *clock, labels.pop() + " ↓" if len(labels) == 1 else "FD ↓",

@@ -242,7 +242,7 @@ def test_refusals():
             (case.pipe, dict(steps=3, prompts=prompts, guidance_rescale=0.5), "guidance_rescale: not in a search"),
             (tiny("lcm").pipe, dict(steps=3, prompts=prompts), "LCMScheduler as set is no DDIM or DPM-Solver"),
             (diffusers.DDPMPipeline(unet(), SCHEDULERS["Euler"]()), dict(steps=3), "DDPMPipeline fits no Euler"),
-            (flow, dict(steps=3), "FlowMatchEulerDiscreteScheduler has no alphas_cumprod")):
+            (flow, dict(steps=3), "FlowMatchEulerDiscreteScheduler has no alphas_cumprod: for flows take trd_flow.py")):
         with pytest.raises(ValueError, match=words) as error:
             trd.search_timesteps(pipe, **arguments)
         assert "\n" not in str(error.value)

@@ -56,7 +56,7 @@ def fitting(scheduler):
     DPM-Solver++ 2M, is the script's sampler on a list of steps."""
     from diffusers import DPMSolverMultistepScheduler
     name = type(scheduler).__name__
-    need(hasattr(scheduler, "alphas_cumprod"), f"{name} has no alphas_cumprod: TRD needs DDPM's noise, no flow")
+    need(hasattr(scheduler, "alphas_cumprod"), f"{name} has no alphas_cumprod: for flows take trd_flow.py")
     if name not in NEEDED or scheduler.alphas_cumprod[-1] == 0:
         scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
         name = "DPMSolverMultistepScheduler"

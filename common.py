@@ -1,5 +1,5 @@
 """What the four scripts share, as plain functions: data, noise schedule, MAC counting, features and Frechet
-distance, per-image seeds, progress, files, the command line. No network of a method, no sampler, no training loop.
+distance, per-image seeds, progress, files, the command line. No network, sampler or training loop.
 
 Copy this file together with the script that you need; the two alone run in an empty folder
 (with `--data FOLDER`, or the files of data/ beside them).
@@ -115,8 +115,7 @@ def check_option(name, value, default, allowed):
 # ---------------------------------------------------------------------------------------------
 FASHION_CLASSES = ("t-shirt top", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
                    "sneaker", "bag", "ankle boot")
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-                   "truck")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EMOJI = {"emoji": ("twitter", "google"), "twemoji": ("twitter",), "noto": ("google",)}         # by their drawers
 FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -191,8 +190,8 @@ def load_images(name, res=32, root=HERE / "data", channels=None):
     elif Path(name).is_dir():
         x, y, captions = load_folder(Path(name), res, channels)
     else:
-        raise ValueError(f"no data set or folder '{name}': use fashion10k, fashion, cifar10, emoji, "
-                         "twemoji, noto or the path of a folder of images")
+        raise ValueError(f"no data set or folder '{name}' (moved?): use fashion10k, fashion, cifar10, "
+                         "emoji, twemoji, noto or the path of a folder of images")
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)), captions
 
 
@@ -389,6 +388,8 @@ def progress(items, title, unit=1, every=15.0, note=lambda: ""):
     note: called when a line is printed."""
     tty, total, start = sys.stderr.isatty(), len(items), time.time()
     shown, quiet = start, dist.is_initialized() and dist.get_rank() > 0
+    if tty and not quiet:
+        print(f"{title} 0/{total}", end="\r", file=sys.stderr, flush=True)
     for done, item in enumerate(items, 1):
         yield item
         now = time.time()
@@ -640,9 +641,9 @@ def save_grid(path, x, columns=8, scale=2, captions=()):
 # Cost
 # ---------------------------------------------------------------------------------------------
 def count_macs(fn, *inputs):
-    """Multiply-accumulates of the call fn(*inputs), executed under torch's own counter: convolutions,
-    linear layers, attention products. Build fn and inputs on the meta device: nothing is computed, and
-    attention counts exactly (on CPU tensors the fused attention kernel reads 0)."""
+    """Multiply-accumulates of the call fn(*inputs), under torch's counter: convolutions, linear
+    layers, attention products. Build fn and inputs on the meta device: nothing is computed, and
+    attention counts exactly (on a CPU the fused attention kernel reads 0)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         fn(*inputs)
     return counter.get_total_flops() // 2                                      # 2 FLOPs a MAC
@@ -699,8 +700,7 @@ def load_extractor(data, device, root=HERE / "weights"):
         raise OSError(f"{path} is damaged ({type(error).__name__}): restore it with `git checkout -- weights`"
                       ) from None
     extractor = Extractor(saved["channels"], saved["words"], saved["patch"])
-    extractor.load_state_dict({k: v.float() if v.is_floating_point() else v
-                               for k, v in saved["state"].items()})
+    extractor.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in saved["state"].items()})
     return extractor.to(device).eval().requires_grad_(False), f"small-{name or Path(data).name}"
 
 

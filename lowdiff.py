@@ -14,9 +14,8 @@ all resolutions in each step, as fast as a cascade and as small as its largest m
     torchrun --nproc_per_node=2 -- lowdiff.py --train        # two processes, or two GPUs
 
 Symbols: res_1 < .. < res_n -> stages; y_i -> x0 at each of them; D -> x0_hat; sigma, e -> sigma, eps of the image; s,
-e' -> s, eps_z of the condition z; N -> steps (Heun steps of a stage's schedule); K, not the K of the other files ->
-evaluations (network evaluations done of the 2N - 1 there are; a Heun step is two).
-(D1), (D2), ...: what the paper leaves open, results/lowdiff/README.md.
+e' -> s, eps_z of the condition z; N -> steps (Heun's, of a stage); K, not the K of the other files -> evaluations (of
+the network, done of the 2N - 1 there are). (D1), (D2), ...: what the paper leaves open, results/lowdiff/README.md.
 """
 import copy
 import math
@@ -45,8 +44,7 @@ SCHEDULES = {
     (64,): ([40], []), (32, 64): ([40, 20], [49]), (8, 16, 32, 64): ([20, 20, 20, 20], [22, 23, 23]),
 }
 SHIFTS = (-4, -2, -1, 0, 1, 2, 4)                              # of K, in the search; Appendix C: -2 .. 2
-SEARCH_N, REFERENCE_N = 1000, 10_000                           # samples of the search; images they compare with
-SEARCH_SEED = 2 * 10 ** 9                                      # far from samples' seeds
+SEARCH_N, REFERENCE_N, SEARCH_SEED = 1000, 10_000, 2 * 10 ** 9     # samples, images compared with, first seed
 SHIPPED = {}                   # weights of a method, if not weights.pt
 WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
 
@@ -303,9 +301,10 @@ def check_config(config):
 
 
 def load_data(config):
-    """Images uint8 (N, C, R, R) and classes (N,) of --data; notes their shape, their classes' names and the levels of
-    the condition's noise in config."""
+    """Images uint8 (N, C, R, R) and classes (N,) of --data; notes shape, classes, the condition's levels in config."""
     x, y, captions = load_images(config["data"], config["res"])
+    if config.get("resume") and config["labels"] and config["captions"] != captions:
+        raise ValueError(f"--data {config['data']} has not the classes of the run: train anew, or from it with --init")
     config.update(channels=x.shape[1], res=x.shape[-1], captions=captions)
     check_config(config)
     if config["s_mean"] == ["plan"]:                           # METHOD: around the level of the paper's plan (D3)
@@ -314,8 +313,9 @@ def load_data(config):
     try:
         config["s_mean"] = [float(s) for s in config["s_mean"]]
         assert len(config["s_mean"]) == n and math.isfinite(sum(config["s_mean"]))
+        assert n or "s_std" not in config.get("given", ())
     except (AssertionError, ValueError):
-        raise ValueError(f"--s-mean {config['s_mean']}: {n + 1} stages need {n} numbers, or plan") from None
+        raise ValueError(f"--s-mean {config['s_mean']}, --s-std: {n + 1} stages need {n} levels, or plan") from None
     return x, y
 
 
@@ -335,9 +335,8 @@ def draw_batch(config, x, y, step):
 
 
 def training_loss(net, config, x0, y, sigma, s, *noise):
-    """METHOD: 3.2, 3.4, Algorithm 1: EDM's losses of all resolutions, added together. Each activates its part of the
-    network; above the lowest it has the image of the one below as a condition, with noise of its own, of its own
-    level (truncation augmentation). Divided by the pixels of the largest (D9)."""
+    """METHOD: 3.2, 3.4, Algorithm 1: EDM's losses of all resolutions, added; above the lowest with the image below as a
+    condition, with noise of a level of its own (truncation augmentation). Divided by the largest's pixels (D9)."""
     n, y = len(config["stages"]), y if config["labels"] else None
     images, eps, eps_z = pyramid_of(x0, n), noise[:n], noise[n:]
     loss = edm_loss(net, images[0], sigma[:, 0], eps[0], y=y)
@@ -517,7 +516,8 @@ def make_plan(net, config, device):
     if config["classes"] != [-1] and not config["labels"]:
         raise ValueError("--classes: the checkpoint has no classes (train with --labels 1)")
     plan, told = plan_of(config), any(config["steps"] + config["truncate"])
-    return plan if told else find_plan(config, plan_name(config), plan) or plan
+    found = None if told else find_plan(config, plan_name(config), plan)
+    return {**found, **paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1])} if found else plan
 
 
 # ---------------------------------------------------------------------------------------------

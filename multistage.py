@@ -255,8 +255,7 @@ def stage_of(t, edges):
 
 
 def common_groups(ch, width):
-    """METHOD: groups of the norms in a decoder, which sees channels in multiples of both widths: at most 32, of 4
-    channels or more."""
+    """METHOD: groups of a decoder's norms, which see channels in multiples of both widths: at most 32, of 4 or more."""
     return max(g for g in range(1, 33) if math.gcd(ch, width) % g == 0 and 4 * g <= min(ch, width))
 
 
@@ -405,6 +404,8 @@ def load_data(config):
     x, y, _ = load_images(config["data"], config["res"])
     config.update(channels=x.shape[1], res=x.shape[-1])
     check_config(config)
+    if "batches" in config.get("given", ()) and len(config["widths"]) == 1:
+        raise ValueError("--batches: one decoder (--widths) has no stages")
     if config["edges"] == [0.0]:                               # METHOD: not given
         n = len(config["widths"])
         config["edges"] = cluster(config, x, n, start_device(config["device"])[0]) if n > 1 else []
@@ -441,8 +442,7 @@ def preview(net, config, device):
 # Samplers
 # ---------------------------------------------------------------------------------------------
 def solver_orders(nfe, order):
-    """Orders of DPM-Solver's singlestep steps that spend exactly `nfe` evaluations (DPM-Solver-fast for order 3:
-    20 = 6 x 3 + 2)."""
+    """Orders of DPM-Solver's singlestep steps that spend `nfe` evaluations (DPM-Solver-fast: 20 = 6 x 3 + 2)."""
     if nfe < 1:
         raise ValueError(f"{nfe} evaluations: at least one is needed")
     if order == 3:
@@ -546,8 +546,7 @@ def describe(plan):
 
 
 def make_plan(net, config, device):
-    """What is run: evaluations and order of DPM-Solver; and the t of each evaluation and their number in each stage,
-    from a run of the sampler."""
+    """What is run: evaluations, order of DPM-Solver; from a run of it their t, and their number in each stage."""
     if config["given"] & {"stages", "images"} and not config["search"]:
         raise ValueError("--stages and --images go with --search")
     taus, edges = [], config["edges"]

@@ -2,13 +2,13 @@
 
 A text-to-image model becomes cheaper without training by fewer steps or by cheaper ones. PostDiff is the second.
 Mixed resolution: the first share s of the steps runs on a smaller image, whose predicted x0 is up-sampled and
-re-noised. Hybrid caching: the deep half of the U-Net runs in every k-th step (DeepCache); after the share m of the
+re-noised. Hybrid caching: the deep half of the U-Net runs every k-th step (DeepCache); after the share m of the
 steps guidance ends, and every cross-attention gives what it gave last.
 
     python postdiff.py --sample --prompt "cat face" "Rainbow flag!"         # a third of the MACs
     python postdiff.py --sample --method base                # off switch: plain guidance
     python postdiff.py --search --sample                     # calibration: steps, s, by caption score
-    python postdiff.py --train --out runs/base               # the model, from scratch
+    python postdiff.py --train --out runs/base               # from scratch
     python postdiff.py --train --init runs/base/checkpoint.pt --low-share 0.5 --out runs/tuned      # Appendix F
     torchrun --nproc_per_node=2 -- postdiff.py --train       # two processes or GPUs
 
@@ -35,8 +35,8 @@ from common import (LossModule, add_noise, autocast, begin_run, caption_score, c
 
 SCRIPT = "postdiff"
 T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
-WORDS, C_TEXT = 12, 64         # words of a caption at most; width of the text's features (D14)
-DROP = 0.1                     # share of captions that training replaces by the null text, for guidance (D14)
+WORDS, C_TEXT = 12, 64         # words of a caption; width of the text's features (D14)
+DROP = 0.1                     # share of captions replaced by the null text, for guidance (D14)
 BUDGET, REFERENCE_STEPS = 0.4, 20                      # calibration: share of 20 steps' MACs (D10)
 STEPS, SHARES = (6, 8, 12, 16, 20), (0, 0.25, 0.5)     # tried: K, s
 CALIBRATION, CALIBRATION_SEED = 250, 10 ** 9           # its images; far from samples
@@ -512,8 +512,8 @@ def check_options(config):
     unused = {"base": "s beta k m choice", "mixed": "k m choice", "cache": "s beta"}.get(method, "")
     if found := given & set(unused.split()):
         raise ValueError(f"--{min(found)} is of no use to --method {method}")
-    if "prompt" in given and not (all(config["prompt"]) and len(config["prompt"]) <= config["n"]):
-        raise ValueError(f"--prompt: at most --n {config['n']} texts")
+    if "prompt" in given and not (config["sample"] and all(config["prompt"]) and len(config["prompt"]) <= config["n"]):
+        raise ValueError(f"--prompt: with --sample, at most --n {config['n']} texts")
     told, search = config["steps"] and "steps" in given, config.get("search")
     if "s" in given and (search or not config["steps"]) or search and told:
         raise ValueError("--search finds --steps and --s")

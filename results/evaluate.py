@@ -55,6 +55,8 @@ def get_reference(module, config, data, shape, extractor, label):
         if tuple(x.shape[1:]) != shape:
             raise ValueError(f"--data {data} has images of {list(x.shape[1:])}, the checkpoint was trained on "
                              f"'{config['data']}' and makes {list(shape)}")
+        if len(x) <= extractor.width:
+            raise ValueError(f"--data {data} has {len(x)} images: FD in {extractor.width} features needs more")
         _, y, captions = load_images(data, shape[-1])
         features, _ = features_of(extractor, x)
         REFERENCES[key] = dict(features=features, stats=feature_stats(features), y=y, captions=captions)

@@ -328,3 +328,12 @@ def test_errors_of_the_process_and_help(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         evaluate.main(["--help"])
     assert e.value.code == 0 and "--per-class" in capsys.readouterr().out
+
+
+def test_few_images_are_refused_before_their_features(monkeypatch):
+    module = importlib.import_module("c2f_trd")
+    monkeypatch.setattr(module, "load_data", lambda config: (torch.zeros(2048, 1, 32, 32), None))
+    extractor = torch.nn.Identity()                            # which gives no features
+    extractor.width = 2048
+    with pytest.raises(ValueError, match="2048 images: FD in 2048 features needs more"):
+        evaluate.get_reference(module, dict(data="x"), "x", (1, 32, 32), extractor, "inception")

@@ -284,8 +284,10 @@ def test_levels_of_the_condition_are_the_plans():
 
 @pytest.mark.parametrize("changes, told", [
     (dict(stages=[8, 32]), "twice"), (dict(stages=[16]), "images' 32"), (dict(stages=[4, 8, 16, 32]), "levels"),
-    (dict(stages=[16, 32], patch=16), "multiple"), (dict(stages=[16, 32], s_mean=["1", "2"]), "1 numbers"),
-    (dict(stages=[32, 64]), "images' 32"), (dict(stages=[16, 32], s_mean=["x"]), "x")])
+    (dict(stages=[16, 32], patch=16), "multiple"), (dict(stages=[16, 32], s_mean=["1", "2"]), "1 levels"),
+    (dict(stages=[32, 64]), "images' 32"), (dict(stages=[16, 32], s_mean=["x"]), "x"),
+    (dict(stages=[32], given={"s_std"}), "--s-std: 1 stages need 0 levels"),
+    (dict(resume=True, labels=1, captions=["a", "b"]), "not the classes of the run")])
 def test_options_that_do_not_fit(changes, told):
     with pytest.raises(ValueError, match=told):
         c.load_data(dict(config_of(), data="fashion10k", s_mean=["plan"]) | changes)
@@ -621,6 +623,10 @@ def test_make_plan_finds_what_was_searched(tmp_path):
     assert c.make_plan(None, config, "cpu") == found
     assert c.make_plan(None, dict(config, step=8), "cpu") == paper               # of another network
     assert c.make_plan(None, dict(config, truncate=[17]), "cpu")["evaluations"] == [17, 17]
+    for damage in (dict(steps=[18]), dict(evaluations=[40, 17]), dict(evaluations=[19, 17, 3])):
+        common.save_json(path, {**found, **damage})
+        with pytest.raises(ValueError, match="--steps|--truncate"):
+            c.make_plan(None, config, "cpu")
     path.write_text(json.dumps(dict(step=7)))
     with pytest.raises(ValueError, match="no plan"):
         c.make_plan(None, config, "cpu")

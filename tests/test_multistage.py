@@ -612,3 +612,10 @@ def test_small_folders(tmp_path, monkeypatch, garments, n, words):
     one_line(start(*argv), *words)
     assert not (tmp_path / "out").exists()
     assert start(*argv, "--edges", 0.442, 0.631).code == 0
+
+
+def test_batches_of_one_decoder():
+    config = dict(data="fashion10k", res=32, patch=1, mult=[1, 2], widths=[8], edges=[0.0], given={"batches"})
+    with pytest.raises(ValueError, match="--batches: one decoder"):
+        m.load_data(config)
+    assert m.load_data(dict(config, given=set()))[0].shape[1:] == (1, 32, 32)

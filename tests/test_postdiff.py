@@ -678,3 +678,10 @@ def test_command_line(tmp_path):
     assert tuned.code == 0, tuned.err
     saved = torch.load(tmp_path / "tuned" / "weights.pt", weights_only=True)
     assert saved["config"]["words"] == ["blue", "cat", "dog", "red"] and math.isclose(saved["config"]["low_share"], 0.5)
+
+
+def test_a_prompt_is_for_samples():
+    config = dict(method="base", given={"prompt"}, prompt=["cat"], n=2, steps=4, search=True, sample=False)
+    with pytest.raises(ValueError, match="--prompt: with --sample, at most --n 2"):
+        p.check_options(config)
+    p.check_options(dict(config, sample=True, search=False))

@@ -81,7 +81,7 @@ CONFIG = {
         "s_std":      (0.3, (0, 10), "METHOD: deviation of ln s (D3)"),
     },
     "method": {
-        "steps":      ([0], (0, 10 ** 4), "Heun steps N of each stage, low to high; 0: as searched, or the paper's"),
+        "steps":      ([0], (0, 1000), "Heun steps N of each stage, low to high; 0: as searched, or the paper's"),
         "truncate":   ([0], (0, 10 ** 4), "evaluations K of each stage but the last; 0: as searched, or the paper's"),
         "classes":    ([-1], (-1, 10 ** 6), "numbers of the classes to draw, in turn; -1: all"),
     },

@@ -79,7 +79,7 @@ CONFIG = {
         "batches":    ("mixed", ("mixed", "stage"), "METHOD: mixed: of all stages (D8); stage: of one (official code)"),
     },
     "method": {
-        "nfe":        (20, (1, 10_000), "evaluations of the network"),
+        "nfe":        (20, (1, 1000), "evaluations of the network"),
         "order":      (3, (1, 3), "of DPM-Solver"),
         "stages":     (3, (2, 20), "--search: into how many to cluster"),
         "images":     ("", None, "--search: data set or folder to cluster; default: the checkpoint's"),

@@ -12,10 +12,10 @@ between its neighbours, whenever 16 images come closer to those of 100 steps.
     python c2f_trd.py --train --init runs/base/checkpoint.pt --low 8 --lr 3e-4 --sample     # then C2F and TRD
     torchrun --nproc_per_node=2 -- c2f_trd.py --train        # two processes, or two GPUs
 
-Symbols: t_T .. t_0 -> taus[0] .. taus[-1], falling, all evaluated (the paper's T is our K; its i runs the other way);
-T^c, T^f -> low_steps, steps; x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 between the stages; C_i, n -> candidate_steps, n; t*
--> t_star; alpha_bar[-1] = 1 is clean data (t = -1). (D1), (D2), ...: what the paper leaves open,
-results/c2f_trd/README.md.
+Symbols: t_T .. t_0 -> taus[0] .. taus[-1], K falling steps, all evaluated (the paper's T is our K; its i runs the other
+way; after t_0 comes clean data, its x_t0, ours x0 at t = -1, alpha_bar[-1] = 1); T^c, T^f -> low_steps, steps;
+x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 between the stages; C_i, n -> candidate_steps, n; t* -> t_star.
+(D1), (D2), ...: what the paper leaves open, or we change, results/c2f_trd/README.md.
 """
 import copy
 import itertools
@@ -236,7 +236,7 @@ def renoise(x0, eps, t, alpha_bar):
 def candidate_steps(taus, i, n=CANDIDATES):
     """METHOD: Eq. 3: n steps that divide the gap between the neighbours of taus[i], rounded half up, without neighbours
     and taus[i] itself (keeping it needs no evaluation). The first and the last step have one neighbour: the gap
-    between it and them is divided, so they can only move inwards (D2)."""
+    between it and them is divided, so they can only move inwards (D2). A single step has the whole range."""
     above, below = taus[max(i - 1, 0)], taus[min(i + 1, len(taus) - 1)]
     if len(taus) == 1:
         above, below = T, -1
@@ -291,7 +291,7 @@ def training_loss(net, config, x0, t, eps):
 
 
 def preview(net, config, device):
-    """32 images of a network in training, by ten steps."""
+    """32 images of a network in training, by ten passes."""
     plan = dict(solver="dpm2", low_taus=[], high_taus=uniform_steps(T - 1, 10, 1))
     return generate(net, config, plan, range(32), device)
 
@@ -420,7 +420,7 @@ def cut_index(x, share=VARIANCE):
 def transition_step(eps_model, noise, taus, alpha_bar, share=VARIANCE):
     """METHOD: III-A3: t*, the step at which the low-resolution prediction x0_hat has its lowest rank.
 
-    eps_model: of the low resolution; noise (n, C, r, r), n >= 512 (the rank cannot exceed n - 1); taus: 100 uniform
+    eps_model: of the low resolution; noise (n, C, r, r), n >= 512 (fewer raise t*, D3); taus: 100 uniform
     steps. Returns t* (the first reached of equal ranks, D3) and the list of (t, cut index)."""
     ranks = []
 
@@ -438,12 +438,12 @@ def trd_search(stages, sequences, x_ref, alpha_bar, order=1, x0=None, n=CANDIDAT
     whose samples come closest to the reference, if they come closer than before, until a sweep changes nothing.
 
     stages, sequences, x0: as in c2f_sample; one stage [(eps_model, noise)] searches a plain sampler. An eps_model is
-    called with up to n copies of the batch, one after the other: what it knows of each sample has to be repeated.
+    called with up to n copies of the batch as one: what it knows of each sample has to be repeated alike.
     x_ref (B, C, R, R): samples of the reference model for the same noise. Loss: mean squared error.
     Steps are visited from the last one evaluated, t_0, to the first, t_T (D2), so one pass per sweep yields the
     states before all of them; only what follows the changed step is evaluated, for all its candidates in one batch.
     Returns the sequences and a report: loss after each sweep (the first entry: before), evaluations per sample of
-    each stage, seconds."""
+    each stage, seconds of this function."""
     begun, B, S = time.time(), len(x_ref), len(stages)
     sequences, evaluations = [[int(t) for t in taus] for taus in sequences], [0] * S
 

@@ -7,15 +7,15 @@ all resolutions in each step, as fast as a cascade and as small as its largest m
 
     python lowdiff.py --sample                               # 64 images from the shipped weights, in seconds
     python lowdiff.py --sample --checkpoint weights/lowdiff/edm.pt          # off switch: plain EDM
-    python lowdiff.py --sample --steps 18 12 9 --truncate 20 15              # another plan
-    python lowdiff.py --train --out runs/lowdiff             # 8 -> 16 -> 32, from scratch
+    python lowdiff.py --sample --steps 18 14 9 --truncate 18 15              # another plan
+    python lowdiff.py --train --mult 1 1 1 --out runs/lowdiff               # 8 -> 16 -> 32, from scratch (D16)
     python lowdiff.py --train --stages 32 --out runs/edm     # off switch: EDM is one stage
     python lowdiff.py --search --sample                      # Appendix C: where to stop each stage, by FD
     torchrun --nproc_per_node=2 -- lowdiff.py --train        # two processes, or two GPUs
 
 Symbols: res_1 < .. < res_n -> stages; y_i -> x0 at each of them; D -> x0_hat; sigma, e -> sigma, eps of the image; s,
 e' -> s, eps_z of the condition z; N -> steps (Heun's, of a stage); K, not the K of the other files -> evaluations (of
-the network, done of the 2N - 1 there are). (D1), (D2), ...: what the paper leaves open, results/lowdiff/README.md.
+the network, of the 2N - 1 there are). (D1), ...: the paper is silent, or we differ: results/lowdiff/README.md.
 """
 import copy
 import math
@@ -37,13 +37,13 @@ SIGMA_DATA = 0.5               # EDM's, at every resolution (Sec. 4.1: settings 
 P_MEAN, P_STD = -1.2, 1.2      # ln sigma of training is normal (EDM, Table 1)
 RHO = 7                        # curvature of the sequence of noise levels (EDM, Eq. 5)
 SIGMA_RANGE = (0.002, 80.0)    # of the first stage: EDM's (Table 10)
-COND_RANGE = (0.01, 50.0)      # of a conditioned stage (Table 10, D8)
-# Steps N of each stage and evaluations K of each but the last (Tables 2, 3, 6, 7; of three and four stages N: D7).
+COND_RANGE = (0.01, 50.0)      # METHOD: of a conditioned stage (Table 10, D8)
+# METHOD: steps N of each stage, evaluations K of each but the last (Tables 2, 3, 6, 7, 12; N of 3, 4 stages: D7).
 SCHEDULES = {
     (32,): ([18], []), (16, 32): ([18, 9], [19]), (8, 16, 32): ([18, 12, 9], [18, 13]),
     (64,): ([40], []), (32, 64): ([40, 20], [49]), (8, 16, 32, 64): ([20, 20, 20, 20], [22, 23, 23]),
 }
-SHIFTS = (-4, -2, -1, 0, 1, 2, 4)                              # of K, in the search; Appendix C: -2 .. 2
+SHIFTS = (-4, -2, -1, 0, 1, 2, 4)                              # of K, in the search; Appendix C: -2 .. 2 (D22)
 SEARCH_N, REFERENCE_N, SEARCH_SEED = 1000, 10_000, 2 * 10 ** 9     # samples, images compared with, first seed
 SHIPPED = {}                   # weights of a method, if not weights.pt
 WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
@@ -264,7 +264,7 @@ def denoise(net, xt, sigma, z=None, s=None, y=None):
     """x0_hat = D(xt; sigma) (B, C, r, r), EDM's Eq. 7: c_skip xt + c_out F(c_in xt; c_noise).
 
     xt = x0 + sigma * eps, sigma (B,); y (B,) class or None. F is told 1000 c_noise = 250 ln sigma (D21).
-    METHOD: 3.1: z (B, C, r, r), the up-sampled image of the stage below, with noise of level s (B,), enters as further
+    METHOD: 3.2: z (B, C, r, r), the up-sampled image of the stage below, with noise of level s (B,), enters as further
     channels, scaled by its own 1 / sqrt(s^2 + sigma_data^2) (D4). c_skip acts on the image alone."""
     t, sigma = 250 * sigma.log(), sigma.view(-1, 1, 1, 1)
     total = (sigma ** 2 + SIGMA_DATA ** 2).sqrt()
@@ -336,7 +336,7 @@ def draw_batch(config, x, y, step):
 
 def training_loss(net, config, x0, y, sigma, s, *noise):
     """METHOD: 3.2, 3.4, Algorithm 1: EDM's losses of all resolutions, added; above the lowest with the image below as a
-    condition, with noise of a level of its own (truncation augmentation). Divided by the largest's pixels (D9)."""
+    condition, with noise of a level of its own (truncation augmentation). Divided by the largest's values (D9)."""
     n, y = len(config["stages"]), y if config["labels"] else None
     images, eps, eps_z = pyramid_of(x0, n), noise[:n], noise[n:]
     loss = edm_loss(net, images[0], sigma[:, 0], eps[0], y=y)
@@ -361,7 +361,7 @@ def noise_levels(steps, sigma_min, sigma_max):
 
 
 def stop_level(sigmas, evaluations, per_step=2):
-    """METHOD: the noise level at which a solver of that many evaluations a step ends after `evaluations`, None: all."""
+    """METHOD: the level reached after `evaluations` (None: all) of a solver of `per_step` each step, begun ones too."""
     return sigmas[-1] if evaluations is None else sigmas[math.ceil(evaluations / per_step)]
 
 
@@ -407,8 +407,8 @@ def cascade_sample(stages, solver=heun_sample, per_step=2):
 
 
 def paper_plan(stages, steps=None, truncate=None):
-    """What is sampled: steps N, evaluations K and noise range of each stage, low to high. steps, truncate: of each
-    stage, of each but the last; else the paper's. Raises ValueError if their number is wrong."""
+    """METHOD: what is sampled: steps N, evaluations K, noise range of each stage, low to high. steps, truncate: of each
+    stage, of each but the last; else the paper's (N: D7). Raises ValueError if their number is wrong."""
     n = len(stages)
     default = SCHEDULES.get(tuple(stages), ([18] * (n - 1) + [9 if n > 1 else 18], [19] * (n - 1)))
     steps, truncate = steps or default[0], truncate or default[1]
@@ -429,7 +429,7 @@ def levels_of(plan):
 
 
 def stops_of(plan):
-    """The noise level at which each stage of a plan stops; the last one's is 0."""
+    """METHOD: the noise level at which each stage of a plan stops; the last one's is 0."""
     return [stop_level(sigmas, K) for sigmas, K in zip(levels_of(plan), plan["evaluations"])]
 
 
@@ -444,7 +444,7 @@ def classes_of(config, seeds):
 
 def generate(net, config, plan, seeds, device):
     """Images (n, C, R, R) of a plan, one for each seed."""
-    noise = noise_for(seeds, *((config["channels"], r, r) for r in reversed(plan["stages"])))  # full resolution first
+    noise = noise_for(seeds, *((config["channels"], r, r) for r in reversed(plan["stages"])))  # the last one as of EDM
     noise = [noise] if torch.is_tensor(noise) else noise[::-1]
     y = classes_of(config, seeds).to(device) if config["labels"] else None
 

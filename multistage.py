@@ -15,8 +15,8 @@ denoiser of a data set is known in closed form: the stages are found before anyt
 
 Symbols: t in [0, 1] -> t; s_t, sigma_t -> scale_of, sigma_of (xt = scale (x0 + sigma eps)); t_1, t_2 -> edges, stage 0
 is next to the data; S -> similarity; eta, alpha, K -> ETA, ALPHA, SAMPLES; lambda -> lam = -log sigma; NFE -> nfe, of
-which each evaluation takes the stage of its own t. (D1), (D2), ...: what the paper leaves open,
-results/multistage/README.md.
+which each evaluation takes the stage of its own t. METHOD: there because of the paper. (D1), (D2), ...: where the paper
+leaves something open, or we differ: results/multistage/README.md.
 """
 import copy
 import itertools
@@ -41,7 +41,7 @@ T_FIRST = 1e-3                 # eps_t: smallest t of the clustering (Sec. 5)
 T_TRAIN = 1e-5                 # smallest t of the training (the official code)
 T_END = 1e-4                   # last t of DPM-Solver (D12)
 ETA, ALPHA = 2 / 256, 0.9      # thresholds of Algorithm 1 (Sec. 5)
-SAMPLES = 10_000               # K of Algorithms 1 and 2 (D13; the paper: 50,000)
+SAMPLES = 10_000               # K of Algorithms 1 and 2 (D4; the paper: 50,000)
 SHORTEST = 0.02                # length of a stage, below which a clustering is refused (D20)
 CLUSTER_SEED = 10 ** 9         # far from samples' seeds
 SHIPPED = {}                   # weights of a method, if not weights.pt
@@ -343,7 +343,7 @@ def similarity_map(data, samples, nodes, eta=ETA, seed=CLUSTER_SEED):
 
 def best_partition(similarity, n):
     """METHOD: Algorithm 2, line 9: the n - 1 indices that cut 0 .. G-1 into n runs with the least sum of 1 - S over the
-    squares of the runs: Eq. 22 with its sign put right (D5). Exact, by dynamic programming. similarity (G, G)."""
+    squares of the runs: Eq. 22 with the distance 1 - S for S (D5). Exact, by dynamic programming. similarity (G, G)."""
     G = len(similarity)
     s = F.pad((1 - similarity).cumsum(0).cumsum(1), (1, 0, 1, 0))
     i, j = torch.arange(G)[:, None], torch.arange(G + 1)
@@ -420,7 +420,7 @@ def draw_batch(config, x, y, step):
     if config["flip"]:
         x0 = torch.where(torch.rand(B, 1, 1, 1) < 0.5, x0.flip(-1), x0)
     stage = torch.randint(0, len(bounds) - 1, (B if config["batches"] == "mixed" else 1,))     # METHOD: alike (D8)
-    t = bounds[stage].lerp(bounds[stage + 1], torch.rand(B))                   # METHOD: even in its stage
+    t = bounds[stage].lerp(bounds[stage + 1], torch.rand(B))                   # METHOD: uniform in its stage
     return x0, t.sort().values, torch.randn_like(x0)           # METHOD: sorted: stage by stage (by_stage)
 
 
@@ -434,7 +434,7 @@ def training_loss(net, config, x0, t, eps):
 
 
 def preview(net, config, device):
-    """32 images of a network in training, by ten steps."""
+    """32 images of a network in training, by ten passes."""
     return generate(net, config, dict(nfe=10, order=3), range(32), device)
 
 
@@ -453,7 +453,7 @@ def solver_orders(nfe, order):
 
 def dpm_solver_step(eps_model, x, lam, lam_next, order):
     """DPM-Solver-1, -2 or -3 from lambda to lambda_next, lambda = -log sigma, in x = xt / s_t: there the exact solution
-    is x - integral of eps d(sigma). eps_model(x, lambda)."""
+    is x - the integral of eps over sigma, from the next sigma up. eps_model(x, lambda)."""
     h, sigma = lam_next - lam, lambda v: math.exp(-v)
     eps = eps_model(x, lam)
     if order == 1:

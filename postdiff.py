@@ -2,7 +2,7 @@
 
 A text-to-image model becomes cheaper without training by fewer steps or by cheaper ones. PostDiff is the second.
 Mixed resolution: the first share s of the steps runs on a smaller image, whose predicted x0 is up-sampled and
-re-noised. Hybrid caching: the deep half of the U-Net runs every k-th step (DeepCache); after the share m of the
+re-noised. Hybrid caching: the deep part of the U-Net runs every k-th step (DeepCache); after the share m of the
 steps guidance ends, and every cross-attention gives what it gave last.
 
     python postdiff.py --sample --prompt "cat face" "Rainbow flag!"         # a third of the MACs
@@ -13,7 +13,7 @@ steps guidance ends, and every cross-attention gives what it gave last.
     torchrun --nproc_per_node=2 -- postdiff.py --train       # two processes or GPUs
 
 Symbols: T (denoising steps) -> K, their sequence -> taus; x^l, x^f -> low and full resolution; beta, s, k, m, w as in
-the paper (s, m: shares; n_low, n_guided: numbers); CA_cache -> frozen; null text -> null;
+the paper (s, m: shares, m = 15 of 20 is .75; n_low, n_guided: numbers); CA_cache -> frozen; null text -> null;
 alpha_bar[-1] = 1 is clean data (t = -1). (D1), (D2), ...: what the paper leaves open, results/postdiff/README.md.
 """
 import copy
@@ -70,18 +70,18 @@ CONFIG = {
         "lr":         (1e-3, (1e-9, 1), "Adam's learning rate"),
         "iters":      (5000, (1, 10 ** 8), "steps"),
         "ema":        (0.999, (0, 1), "decay of the averaged weights"),
-        "low_share":  (0.0, (0, 0.99), "METHOD: s of Appendix F's fine-tuning; 0: train at full resolution"),
+        "low_share":  (0.0, (0, 0.99), "METHOD: s of Appendix F's fine-tuning; 0: none"),
         "save_every": (500, (1, 10 ** 8), "steps between checkpoints"),
     },
     "method": {
         "method":     ("postdiff", ("base", "mixed", "cache", "postdiff"), "base (off switch), mixed, cache, postdiff"),
         "solver":     ("ddim", tuple(ORDER), "ddim, dpm2 (DPM-Solver++ 2M)"),
-        "prompt":     ([""], None, "what to draw, in turn; default: captions of the data"),
+        "prompt":     ([""], None, "texts, in turn; default: the captions"),
         "steps":      (20, (0, T), "steps, K; 0: steps and s as --search found them"),
-        "s":          (0.5, (0, 0.99), "share of the steps at low resolution, the first ones"),
-        "beta":       (0.5, (0.01, 1), "the low resolution, as a share of the full one"),
+        "s":          (0.5, (0, 0.99), "share of steps at low resolution, the first ones"),
+        "beta":       (0.5, (0.01, 1), "low resolution, as a share of the full one"),
         "k":          (2, (1, T), "every k-th pass is a full one"),
-        "m":          (0.75, (0, 1), "share of the steps with guidance, the first ones"),
+        "m":          (0.75, (0, 1), "share of steps with guidance, the first ones"),
         "choice":     ("cond", CHOICES, f"cross-attention that is cached then: {', '.join(CHOICES)}"),
         "w":          (3.0, (0, 100), "guidance weight"),
     },
@@ -252,7 +252,7 @@ class UNet(nn.Module):
 
     def forward(self, xt, t, text, deep=None, cross=None, depth=1):
         """Returns x0_hat, deep, cross. METHOD: Sec. 2.5: the caches go in and come out. deep: what entered the step up
-        -(depth + 1) when last computed: given, only the outermost depth + 1 steps of either way run (D5). cross:
+        -(depth + 1) when last computed: given, only the outermost depth + 1 stages of either way run (D5). cross:
         {layer: output} of cross-attentions to be reused; out come all that took part."""
         emb = self.emb(timestep_embedding(t, self.ch))
         emb = F.silu(emb)
@@ -380,7 +380,7 @@ def training_loss(net, config, x0, t, eps, text):
 
 
 def preview(net, config, device):
-    """32 images of a network in training, by ten steps."""
+    """32 images of a network in training, by ten passes."""
     config = dict(config, method="base", solver="dpm2", steps=10, prompt=[""])
     return generate(net, config, plan_of(config), range(32), device)
 
@@ -392,7 +392,7 @@ def solver_step(xt, history, t_next, alpha_bar, order):
     """xt at the next step t_next (int64 (B,); -1 is clean data); history: [(t, x0_hat), ...], newest first.
 
     Order 1 is DDIM (eta = 0), which keeps the eps that x0_hat implies. Order 2 is DPM-Solver++ 2M: DDIM with x0_hat
-    extrapolated, by half of the step in lambda = log(alpha / sigma), from its last two values (D7)."""
+    extrapolated, by half of the step in lambda = log(alpha / sigma), from its last two values (D3)."""
     t, x0_hat = history[0]
     a, a_next = (alpha_bar[s].view(-1, 1, 1, 1) for s in (t, t_next))          # float64, on the CPU
     c = ((1 - a_next) / (1 - a)).sqrt()
@@ -410,7 +410,7 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
 
     net, text, null, w: see cached_eps. noise (B, C, R, R): the start, or with n_low > 0 what is added at the switch;
     low_noise (B, C, r, r): the start then. taus: strictly descending steps in 0 .. T - 1, all evaluated, then t = -1.
-    k, depth: a full pass at every k-th step, else the outermost depth + 1 steps. n_guided: steps with guidance, the
+    k, depth: a full pass at every k-th step, else depth + 1 outer stages (D5). n_guided: steps with guidance, the
     first ones (None: all); then cross-attentions are frozen by `choice` ("none": not). order: 1 DDIM, 2 DPM-Solver++
     2M. trace(i, xt, x0_hat, cache): called after each evaluation. n_low=0, k=1, n_guided=None: plain classifier-free
     guidance. Raises ValueError if a number does not fit."""
@@ -533,7 +533,7 @@ def search(net, config, device):
     seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION)
 
     def macs(plan):
-        return count_macs(lambda: generate(meta, config, plan, [0], "meta"))
+        return count_macs(lambda: generate(meta, dict(config, precision="fp32"), plan, [0], "meta"))
 
     def score(plan):
         x = sample(net, config, plan, seeds, device)           # enlarged to the extractor's size

@@ -1,5 +1,5 @@
 """What the four scripts share, as plain functions: data, noise schedule, MAC counting, features and Frechet
-distance, per-image seeds, progress, files, the command line. No network, sampler or training loop.
+distance, per-image seeds, progress, files, the command line.
 
 Copy this file together with the script that you need; the two alone run in an empty folder
 (with `--data FOLDER`, or the files of data/ beside them).
@@ -389,7 +389,7 @@ def progress(items, title, unit=1, every=15.0, note=lambda: ""):
     tty, total, start = sys.stderr.isatty(), len(items), time.time()
     shown, quiet = start, dist.is_initialized() and dist.get_rank() > 0
     if tty and not quiet:
-        print(f"{title} 0/{total}", end="\r", file=sys.stderr, flush=True)
+        print(f"{title} 0/{total}".ljust(78), end="\r", file=sys.stderr, flush=True)
     for done, item in enumerate(items, 1):
         yield item
         now = time.time()

@@ -90,9 +90,9 @@ def table(folder, experiment):
     measured = [g for g in found if "fd" in g[0]]
     labels = {fd_label([g]) for g in measured}
     scores = [key for key in ("inception_score", "caption_score") if any(key in g[0] for g in measured)]
-    head, lines = ["arm", *own], []
-    clock = {r.get("device") if "seconds_per_image" in r else None for g in measured for r in g}
-    clock = ["s / image"] * (len(clock) == 1 and None not in clock)            # of one machine only
+    head, lines, rows = ["arm", *own], [], [r for g in measured for r in g]
+    timed = len({r.get("device") for r in rows}) == 1 and all("seconds_per_image" in r for r in rows)
+    clock = ["s / image"] * timed                              # seconds of different machines: none
     if measured:
         head += ["MMAC / image", "of the first", *clock, labels.pop() + " ↓" if len(labels) == 1 else "FD ↓",
                  *(f"{key.replace('_', ' ')} ↑" for key in scores), "training images", "seeds"]

@@ -368,6 +368,34 @@ def test_newest_lines_and_seeds(tmp_path):
         "not measured yet with these networks: `python results/c2f_trd/experiments.py other`"]
 
 
+def test_seconds_of_several_machines_are_left_out(tmp_path):
+    for i, (one, other, there) in enumerate(((dict(device="a"), dict(device="a"), True),
+                                             (dict(device="a"), dict(device="b"), False))):
+        text = report.table(folder(tmp_path / str(i), [line(**one), line("b", **other)]), "steps")
+        assert ("s / image" in text[0]) == there and len({row.count("|") for row in text}) == 1
+    rows = [line(), line("b")]
+    del rows[1]["seconds_per_image"]                           # of a line from a log
+    text = report.table(folder(tmp_path / "2", rows), "steps")
+    assert "s / image" not in text[0] and len({row.count("|") for row in text}) == 1
+
+
+def test_what_another_experiment_measured_is_copied(lab, tmp_path):
+    """Of the same network and plan, into another folder, too; with the arm and cells of the one that asks."""
+    argv = "--checkpoint weights/c2f_trd/base.pt --method base --steps 4"
+    experiments.record("c2f_trd", "one", argv, "A", seeds=2)
+    path = experiments.folder_of("c2f_trd") / "results.jsonl"
+    sha = common.sha256_of("weights/c2f_trd/base.pt")
+    path.write_text("".join(json.dumps(dict(json.loads(row), weights_sha256=sha, fd=7.5)) + "\n"
+                            for row in path.read_text().splitlines()))
+    n = len(lab)
+    rows = experiments.record("c2f_trd", "two", argv, "B", folder="shootout", method="M", cells={"K": 1})
+    assert len(lab) == n + 1 and [row["fd"] for row in rows] == [7.5, 7.5, 1.2]            # the third seed is new
+    assert rows_of(tmp_path / "results" / "shootout") == json.loads(json.dumps(rows))
+    assert {(row["experiment"], row["arm"], row["method"], row["cells"]["K"]) for row in rows} == {("two", "B", "M", 1)}
+    experiments.record("c2f_trd", "two", argv.replace("4", "3"), "C", folder="shootout")   # another plan
+    assert len(lab) == n + 4
+
+
 def test_several_extractors(tmp_path):
     text = report.table(folder(tmp_path, [line(), line(extractor="efficientnet-lite0")]), "steps")
     assert "| FD ↓ |" in text[0] and "1.000 @2000, efficientnet-lite0" in text[3]

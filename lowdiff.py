@@ -315,7 +315,7 @@ def load_data(config):
         assert len(config["s_mean"]) == n and math.isfinite(sum(config["s_mean"]))
         assert n or "s_std" not in config.get("given", ())
     except (AssertionError, ValueError):
-        raise ValueError(f"--s-mean {config['s_mean']}, --s-std: {n + 1} stages need {n} levels, or plan") from None
+        raise ValueError(f"--s-mean {config['s_mean']}, --s-std: {n + 1} stages have {n} conditions") from None
     return x, y
 
 

@@ -284,9 +284,9 @@ def test_levels_of_the_condition_are_the_plans():
 
 @pytest.mark.parametrize("changes, told", [
     (dict(stages=[8, 32]), "twice"), (dict(stages=[16]), "images' 32"), (dict(stages=[4, 8, 16, 32]), "levels"),
-    (dict(stages=[16, 32], patch=16), "multiple"), (dict(stages=[16, 32], s_mean=["1", "2"]), "1 levels"),
+    (dict(stages=[16, 32], patch=16), "multiple"), (dict(stages=[16, 32], s_mean=["1", "2"]), "1 conditions"),
     (dict(stages=[32, 64]), "images' 32"), (dict(stages=[16, 32], s_mean=["x"]), "x"),
-    (dict(stages=[32], given={"s_std"}), "--s-std: 1 stages need 0 levels"),
+    (dict(stages=[32], given={"s_std"}), "--s-std: 1 stages have 0 conditions"),
     (dict(resume=True, labels=1, captions=["a", "b"]), "not the classes of the run")])
 def test_options_that_do_not_fit(changes, told):
     with pytest.raises(ValueError, match=told):

@@ -60,6 +60,14 @@ def headline():
     record(S, "headline", off, "off switch", cells=dict(what="DDIM, 100 steps"))
 
 
+def opinion():
+    """A second opinion on the headline: FD in the features of EfficientNet-Lite0, which were not trained here."""
+    for arm, argv in ((f"C2F+TRD, 2M, 10 + {STEPS} steps", command("c2f+trd", "dpm2", STEPS)),
+                      ("2M, 6 steps, inclusive", command("base", "dpm2", 6)),
+                      ("DDIM, 100 steps", command("base", "ddim", 100))):
+        record(S, "opinion", argv, arm, extractor="efficientnet-lite0")
+
+
 def steps():
     """Fig. 6: fewer steps, lower resolution, better steps, for both solvers, against 100-step DDIM."""
     record(S, "steps", command("base", "ddim", 100), "uniform, DDIM, 100", cells=facts("base", "ddim", 100))
@@ -195,7 +203,7 @@ def samples():
     grid(S, "rows", [command("base", "ddim", 100), *fast, command("base", "dpm2", STEPS + 1, "--start best")])
 
 
-FUNCTIONS = (headline, steps, starts, transition, ranks, strategies, classes, speed, samples)
+FUNCTIONS = (headline, opinion, steps, starts, transition, ranks, strategies, classes, speed, samples)
 
 if __name__ == "__main__":
     start(FUNCTIONS)

@@ -190,7 +190,7 @@ def load_images(name, res=32, root=HERE / "data", channels=None):
     elif Path(name).is_dir():
         x, y, captions = load_folder(Path(name), res, channels)
     else:
-        raise ValueError(f"no data set or folder '{name}' (moved?): use fashion10k, fashion, cifar10, "
+        raise ValueError(f"no data set or folder '{name}' (moved? give --data): use fashion10k, fashion, cifar10, "
                          "emoji, twemoji, noto or the path of a folder of images")
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)), captions
 

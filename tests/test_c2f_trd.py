@@ -1046,8 +1046,8 @@ def test_the_best_start_is_the_best_of_the_powers(tmp_path, short):
     assert losses[str([plan["low_taus"], plan["high_taus"]])] == pytest.approx(min(losses.values()), rel=1e-3)
 
 
-def test_best_start_passes_over_powers_that_do_not_fit(tmp_path, short, monkeypatch):
-    """40 steps below 404 do not fit for the power 2.5, but for others they do."""
+def test_best_start_of_many_steps(tmp_path, short, monkeypatch):
+    """40 steps below 404: with the power 2.5 equal ones are pushed apart."""
     monkeypatch.setattr(c, "BEST_OF", (None, 2.5))
     config = config_of(tmp_path, method="c2f", low=8, start="best", low_steps=2, steps=40, t_star=404)
     assert len(c.search(awake_net(low=8), config, CPU)["high_taus"]) == 40

@@ -113,3 +113,15 @@ def test_refusals():
     two = {key: torch.cat([p[key] for p in prompts]) for key in prompts[0]}
     with pytest.raises(ValueError, match="one image each"):
         flow.eps_model_of(case.pipe, [two], 1.0, **rest)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    """The options of trd_diffusers.py reach the search; the sigmas are printed and written."""
+    (case, prompts, rest), search = prompted("sd3", torch.float32), flow.search_sigmas
+    monkeypatch.setattr(flow, "command", lambda dtype: (SimpleNamespace(
+        steps=3, prompt=prompts, guidance=4.0, batch=2, out=tmp_path / "plan.json"), case.pipe))
+    monkeypatch.setattr(flow, "search_sigmas", lambda pipe, steps, *args, **options: search(
+        pipe, steps, *args, 1, 5, 0, **options, **rest))
+    flow.main()
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(plan["sigmas"]) == 3 and f"sigmas={plan['sigmas']}" in capsys.readouterr().out

@@ -1,5 +1,5 @@
 """TRD (arXiv 2603.21348, Sec. III-B; c2f_trd.py) for pipelines of diffusers: the few time steps worth taking, found in
-minutes, with guidance, in latents; nothing is trained. Needs c2f_trd.py and common.py in the folder above.
+minutes, with guidance, in latents. Needs c2f_trd.py and common.py in the folder above.
 
     plan = search_timesteps(pipe, 8, prompts=["a fox in the snow", "a red house", ...])
     image = pipe("a lighthouse", timesteps=plan["timesteps"]).images[0]
@@ -223,13 +223,13 @@ def search_timesteps(pipe, steps, prompts=None, guidance_scale=None, calibration
     `calibration` samples (of latents, where it has them), from the noise of seed, seed + 1, ...
 
     pipe: one of NETWORKS; its scheduler is the solver. steps: at least 2. prompts, guidance_scale, batch, call: as in
-    eps_model_of; take what will be used later. start: as in starting_steps. held_out: further samples, which only
-    measure. out: a path, where the plan is written as JSON.
+    eps_model_of; take what will be used later. start: as in starting_steps. held_out: further samples, only
+    measured. out: a path, where the plan is written as JSON.
     Returns the plan, a dict: timesteps (falling ints, all evaluated) for pipe(..., timesteps=) or set_timesteps;
     default: the scheduler's own; start: where the search began; loss: {default, start, after} on the calibration
     samples (None: no falling ints), held_out: the same on the others; evaluations of the network a sample, by the
-    search and by all; seconds; sweeps: loss after each; and for what it was found.
-    Leaves the pipeline as it was. ValueError with one line: what does not fit."""
+    search and by all; seconds; sweeps: loss after each.
+    Leaves the pipeline as it was. ValueError: what does not fit."""
     begun, scheduler = time.time(), pipe.scheduler
     for name, number, least in (("steps", steps, 2), ("calibration", calibration, 1), ("held_out", held_out, 0)):
         need(isinstance(number, int) and number >= least, f"{name} {number}: a whole number, at least {least}")
@@ -281,17 +281,23 @@ def describe(plan):
                       f"{plan['evaluations']['all']} evaluations a sample, {plan['seconds']} s"])
 
 
-def main():
-    p = argparse.ArgumentParser(description="The time steps of a pipeline worth taking (TRD), as JSON")
+def command(dtype):
+    """The command line, its pipeline."""
+    p = argparse.ArgumentParser(description="Time steps (TRD) as JSON")
     p.add_argument("path")
     p.add_argument("--prompt", nargs="+")
     for name, kind, default in (("steps", int, 8), ("guidance", float, None), ("batch", int, 4),
                                 ("out", Path, "plan.json")):
         p.add_argument(f"--{name}", type=kind, default=default)
     args = p.parse_args()
+    from diffusers import DiffusionPipeline
+    device, dtype = ("cuda", dtype) if torch.cuda.is_available() else ("cpu", torch.float32)
+    return args, DiffusionPipeline.from_pretrained(args.path, dtype=dtype).to(device)
+
+
+def main():
     import diffusers
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(args.path, dtype=dtype).to(device)
+    args, pipe = command(torch.float16)
     name, wrong = fitting(pipe.scheduler)
     if wrong or name != type(pipe.scheduler).__name__:
         print(f"the scheduler, here and where the steps will be used: {name}, {wrong}")

@@ -10,16 +10,14 @@ changed.py and trd_diffusers.py beside it.
 Euler's method on a flow, xt = (1 - sigma) x0 + sigma eps, is DDIM at alpha_bar = (1 - sigma)^2 / ((1 - sigma)^2 +
 sigma^2), in units of its denominator's root: so the script searches it as it is. (D28), ...: results/diffusers.
 """
-import argparse
 import inspect
 import time
-from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_map
 
 from changed import copy_of
-from trd_diffusers import describe, need                       # which finds the scripts
+from trd_diffusers import command, describe, need              # which finds the scripts
 from common import noise_for, progress, run_main, save_json
 
 T = 10_000                             # noise levels among which is searched: sigma = (t + 1) / T, before the shift
@@ -178,16 +176,7 @@ def search_sigmas(pipe, steps, prompts, guidance_scale=None, calibration=script.
 
 
 def main():
-    p = argparse.ArgumentParser(description="The noise levels of a flow-matching pipeline worth taking (TRD), as JSON")
-    p.add_argument("path")
-    p.add_argument("--prompt", nargs="+")
-    for name, kind, default in (("steps", int, 8), ("guidance", float, None), ("batch", int, 4),
-                                ("out", Path, "plan.json")):
-        p.add_argument(f"--{name}", type=kind, default=default)
-    args = p.parse_args()
-    import diffusers
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(args.path, dtype=dtype).to(device)
+    args, pipe = command(torch.bfloat16)
     plan = search_sigmas(pipe, args.steps, args.prompt, args.guidance, batch=args.batch, out=args.out)
     print(describe(dict(plan, timesteps=plan["sigmas"])).replace("timesteps", "sigmas", 1))
 

@@ -7,7 +7,7 @@ all resolutions in each step, as fast as a cascade and as small as its largest m
 
     python lowdiff.py --sample                               # 64 images from the shipped weights, in seconds
     python lowdiff.py --sample --checkpoint weights/lowdiff/edm.pt          # off switch: plain EDM
-    python lowdiff.py --sample --steps 18 14 9 --truncate 18 15              # another plan
+    python lowdiff.py --sample --steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3     # another plan: better (D23)
     python lowdiff.py --train --mult 1 1 1 --out runs/lowdiff               # 8 -> 16 -> 32, from scratch (D16)
     python lowdiff.py --train --stages 32 --out runs/edm     # off switch: EDM is one stage
     python lowdiff.py --search --sample                      # Appendix C: where to stop each stage, by FD
@@ -34,8 +34,7 @@ from common import (LossModule, autocast, begin_run, extract, feature_stats, fin
 
 SCRIPT = "lowdiff"
 SIGMA_DATA = 0.5               # EDM's, at every resolution (Sec. 4.1: settings retained; D9)
-P_MEAN, P_STD = -1.2, 1.2      # ln sigma of training is normal (EDM, Table 1)
-RHO = 7                        # curvature of the sequence of noise levels (EDM, Eq. 5)
+P_MEAN, P_STD, RHO = -1.2, 1.2, 7      # EDM: ln sigma of training is normal (Table 1); curvature of the levels (Eq. 5)
 SIGMA_RANGE = (0.002, 80.0)    # of the first stage: EDM's (Table 10)
 COND_RANGE = (0.01, 50.0)      # METHOD: of a conditioned stage (Table 10, D8)
 # METHOD: steps N of each stage, evaluations K of each but the last (Tables 2, 3, 6, 7, 12; N of 3, 4 stages: D7).
@@ -83,6 +82,7 @@ CONFIG = {
     "method": {
         "steps":      ([0], (0, 1000), "Heun steps N of each stage, low to high; 0: as searched, or the paper's"),
         "truncate":   ([0], (0, 10 ** 4), "evaluations K of each stage but the last; 0: as searched, or the paper's"),
+        "sigma_min":  ([0.0], (0, 1000), "METHOD: last level above 0 of each stage, low to high; 0: the paper's"),
         "classes":    ([-1], (-1, 10 ** 6), "numbers of the classes to draw, in turn; -1: all"),
     },
 }
@@ -375,10 +375,9 @@ def heun_sample(denoiser, noise, sigmas, evaluations=None):
     ends in an Euler step (D6). Raises ValueError if K is not in 1 .. 2N - 1, or sigmas do not fall to 0."""
     if sigmas[-1] != 0 or any(a <= b for a, b in zip(sigmas, sigmas[1:])):
         raise ValueError("sigmas must fall strictly, to 0 at the end")
-    full = 2 * (len(sigmas) - 1) - 1
-    K = full if evaluations is None else evaluations
-    if not 1 <= K <= full:
-        raise ValueError(f"{K} evaluations: a schedule of {len(sigmas) - 1} steps has 1 .. {full}")
+    N, K = len(sigmas) - 1, 2 * len(sigmas) - 3 if evaluations is None else evaluations
+    if not 1 <= K < 2 * N:
+        raise ValueError(f"{K} evaluations: a schedule of {N} steps has 1 .. {2 * N - 1}")
     xt = (noise if noise.device.type == "mps" else noise.double()) * sigmas[0]
     for i in range((K + 1) // 2):
         h = sigmas[i + 1] - sigmas[i]
@@ -406,17 +405,17 @@ def cascade_sample(stages, solver=heun_sample, per_step=2):
     return images
 
 
-def paper_plan(stages, steps=None, truncate=None):
-    """METHOD: what is sampled: steps N, evaluations K, noise range of each stage, low to high. steps, truncate: of each
-    stage, of each but the last; else the paper's (N: D7). Raises ValueError if their number is wrong."""
+def paper_plan(stages, steps=(0,), truncate=(0,), sigma_min=(0,)):
+    """METHOD: what is sampled: steps N, evaluations K, noise range of each stage, low to high. steps, truncate,
+    sigma_min: of each stage (truncate: but the last); 0: the paper's (N: D7). ValueError if their number is wrong."""
     n = len(stages)
-    default = SCHEDULES.get(tuple(stages), ([18] * (n - 1) + [9 if n > 1 else 18], [19] * (n - 1)))
-    steps, truncate = steps or default[0], truncate or default[1]
-    if len(steps) != n or len(truncate) != n - 1:
-        raise ValueError(f"--steps, --truncate: the stages {list(stages)} need {n} and {n - 1} numbers")
+    usual = *SCHEDULES.get(tuple(stages), ([18] * (n - 1) + [9 if n > 1 else 18], [19] * (n - 1))), [0] * n
+    steps, truncate, sigma_min = (a if any(a) else b for a, b in zip((steps, truncate, sigma_min), usual))
+    if (len(steps), len(truncate), len(sigma_min)) != (n, n - 1, n):
+        raise ValueError(f"--steps, --truncate, --sigma-min: {list(stages)} need {n}, {n - 1} and {n} numbers")
     low, high = zip(SIGMA_RANGE, *[COND_RANGE] * (n - 1))
     plan = dict(stages=list(stages), steps=list(steps), evaluations=[*truncate, 2 * steps[-1] - 1],
-                sigma_min=list(low), sigma_max=list(high))
+                sigma_min=[told or paper for told, paper in zip(sigma_min, low)], sigma_max=list(high))
     for r, N, K in zip(stages, steps, plan["evaluations"]):
         if not 1 <= K < 2 * N:
             raise ValueError(f"--truncate: {K} evaluations at {r}x{r}, but its {N} steps have 1 .. {2 * N - 1}")
@@ -481,8 +480,7 @@ def search(net, config, device):
     if len(plan["stages"]) == 1:
         raise ValueError("--search: one stage (EDM) has no truncation to search")
     extractor, name = load_extractor(config["data"], device)
-    x, _, _ = load_images(config["data"], config["res"])
-    reference = feature_stats(extract(extractor, x[:REFERENCE_N])[0])
+    reference = feature_stats(extract(extractor, load_images(config["data"], config["res"])[0][:REFERENCE_N])[0])
     plan.update(step=config["step"], network=config.get("digest"), searched=[])
     for i, (r, N) in enumerate(zip(plan["stages"][:-1], plan["steps"])):
         found, before = {}, plan["evaluations"]
@@ -507,17 +505,19 @@ def describe(plan):
 
 
 def plan_of(config):
-    """The paper's plan, with what --steps and --truncate say."""
-    return paper_plan(config["stages"], *(config[k] if any(config[k]) else None for k in ("steps", "truncate")))
+    """The paper's plan, with what --steps, --truncate and --sigma-min say."""
+    return paper_plan(*(config[k] for k in ("stages", "steps", "truncate", "sigma_min")))
 
 
 def make_plan(net, config, device):
-    """The plan of --steps and --truncate; else one that was searched with the same network; else the paper's."""
+    """The plan of the command line; else one that was searched with the same network; else the paper's."""
     if config["classes"] != [-1] and not config["labels"]:
         raise ValueError("--classes: the checkpoint has no classes (train with --labels 1)")
-    plan, told = plan_of(config), any(config["steps"] + config["truncate"])
+    plan, told = plan_of(config), any(config["steps"] + config["truncate"] + config.get("sigma_min", []))
     found = None if told else find_plan(config, plan_name(config), plan)
-    return {**found, **paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1])} if found else plan
+    if found:                                                  # its numbers must fit
+        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], found.get("sigma_min", ()))
+    return found or plan
 
 
 # ---------------------------------------------------------------------------------------------

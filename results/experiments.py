@@ -140,9 +140,11 @@ def iters_for(module, argv, macs):
 
 
 def trained(script, name, argv, macs=None):
-    """The checkpoint of the run runs/NAME, which is trained now, or further, if it is not finished. macs: its forward
-    MACs, in place of --iters."""
+    """The checkpoint of the run runs/NAME, which is trained now, or further, if it is not finished, or the averaged
+    weights that alone were kept of it. macs: its forward MACs, in place of --iters."""
     module, out, old = load_script(script), Path("runs") / name, sys.argv
+    if (out / "weights.pt").exists() and not (out / "checkpoint.pt").exists():
+        return out / "weights.pt"
     words = ["--resume"] if (out / "checkpoint.pt").exists() else shlex.split(argv)
     words += ["--iters", str(iters_for(module, argv, macs))] if macs and words != ["--resume"] else []
     sys.argv = [script, "--train", "--out", str(out), *words]

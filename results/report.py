@@ -144,7 +144,7 @@ def summary():
     """Per paper: the method, its off switch, the best plain sampler at no fewer MACs; what we set out to see."""
     def cell(g):
         score = f", caption score {average(g, 'caption_score'):.3f}" if g and "caption_score" in g[0] else ""
-        return f"{g[-1]['cells']['what']}: FD {pm([r['fd'] for r in g])}{score}" if g else "-"
+        return f"{g[-1]['cells']['what']}: FD {pm([r['fd'] for r in g], 3)}{score}" if g else "-"
 
     lines = []
     for script in SCRIPTS:

@@ -607,11 +607,23 @@ def test_plans_of_the_paper():
 
 
 @pytest.mark.parametrize("steps, truncate, told", [
-    ([18], None, "2 and 1"), ([18, 9, 9], None, "2 and 1"), (None, [1, 2], "2 and 1"), ([3, 2], [6], "1 .. 5"),
-    ([3, 2], [0], "1 .. 5")])
+    ([18], [0], "2, 1 and 2"), ([18, 9, 9], [0], "2, 1 and 2"), ([0], [1, 2], "2, 1 and 2"), ([3, 2], [6], "1 .. 5"),
+    ([3, 2], [-1], "1 .. 5")])
 def test_plans_that_do_not_fit(steps, truncate, told):
     with pytest.raises(ValueError, match=told):
         c.paper_plan([16, 32], steps, truncate)
+
+
+def test_the_last_noise_level_of_a_stage():
+    """--sigma-min: of each stage; 0: the paper's; levels from sigma_max down to it; not above sigma_max."""
+    plan = c.paper_plan([16, 32], [4, 3], [3], [0, 0.3])
+    assert plan["sigma_min"] == [0.002, 0.3] and plan["sigma_max"] == [80, 50]
+    assert c.levels_of(plan)[-1] == [pytest.approx(50), pytest.approx(((50 ** (1 / 7) + 0.3 ** (1 / 7)) / 2) ** 7),
+                                     pytest.approx(0.3), 0]
+    with pytest.raises(ValueError, match="2, 1 and 2"):
+        c.paper_plan([16, 32], sigma_min=[0.3])
+    with pytest.raises(ValueError, match="fall strictly"):
+        c.heun_sample(None, None, c.levels_of(c.paper_plan([16, 32], sigma_min=[0, 60]))[-1])
 
 
 def test_make_plan_finds_what_was_searched(tmp_path):

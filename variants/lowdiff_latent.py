@@ -3,10 +3,10 @@ make the 4x4 latents, stop while they are still noisy, make the 8x8 latents with
 
     python variants/lowdiff_latent.py --train --sample       # 4 -> 8; the autoencoder is trained first
     python variants/lowdiff_latent.py --train --stages 8 --out runs/dit --autoencoder runs/lowdiff_latent/autoencoder.pt
-                                                             # off switch: plain LightningDiT, on the same latents
+                                                             # off switch: plain LightningDiT, same latents
     python variants/lowdiff_latent.py --sample --guidance 2 --steps 60 50 --truncate 40
-    python variants/lowdiff_latent.py --search --sample      # where to stop the first stage, by FD
-    python results/evaluate.py lowdiff_latent                # FD, MACs (the decoder's included), seconds
+    python variants/lowdiff_latent.py --search --sample      # where to stop stage 1, by FD
+    python results/evaluate.py lowdiff_latent                # FD, MACs, seconds
 
 Own are the transformer, whose blocks all resolutions share, rectified flow, whose times t = 0 .. 1 (noise .. data) take
 sigma's place, Euler's method, and labels left out now and then, for guidance; the cascade, the search and the training
@@ -34,7 +34,7 @@ STEPS = {False: 100, True: 50}  # of the last stage: alone, conditioned (Table 4
 FIRST_STEPS, FIRST_EVALUATIONS = 60, 45  # of the others (D19)
 
 script.SCRIPT, script.__doc__ = "lowdiff_latent", __doc__
-for group, names in dict(network="mult attention patch", training="flip s_mean s_std").items():
+for group, names in dict(network="mult attention patch", training="flip s_mean s_std", method="sigma_min").items():
     for name in names.split():
         del script.CONFIG[group][name]
 script.CONFIG["run"]["out"] = ("runs/lowdiff_latent", *script.CONFIG["run"]["out"][1:])
@@ -252,12 +252,12 @@ def euler_sample(model, noise, ts, evaluations=None):
     return xt
 
 
-def paper_plan(stages, steps=None, truncate=None):
-    """What is sampled: steps N and evaluations K of each stage, low to high. steps, truncate: of each stage, of each
-    but the last; else the paper's (Table 4, D19). Raises ValueError if their number is wrong."""
+def paper_plan(stages, steps=(0,), truncate=(0,), _=()):
+    """What is sampled: steps N, evaluations K of each stage, low to high. steps, truncate: of each stage, of each but
+    the last; 0: the paper's (Table 4, D19). Raises ValueError if their number is wrong."""
     n = len(stages)
-    steps = steps or [FIRST_STEPS] * (n - 1) + [STEPS[n > 1]]
-    truncate = truncate or [FIRST_EVALUATIONS] * (n - 1)
+    steps = steps if any(steps) else [FIRST_STEPS] * (n - 1) + [STEPS[n > 1]]
+    truncate = truncate if any(truncate) else [FIRST_EVALUATIONS] * (n - 1)
     if len(steps) != n or len(truncate) != n - 1:
         raise ValueError(f"--steps, --truncate: the stages {list(stages)} need {n} and {n - 1} numbers")
     plan = dict(stages=list(stages), steps=list(steps), evaluations=[*truncate, steps[-1]], guidance=1.0)
@@ -267,11 +267,11 @@ def paper_plan(stages, steps=None, truncate=None):
     return plan
 
 
-def plan_of(config, plan_of=script.plan_of):
-    """The paper's plan, with what --steps, --truncate and --guidance say."""
+def plan_of(config):
+    """The paper's plan, with what --steps, --truncate, --guidance say."""
     if config["guidance"] != 1 and not config["labels"]:
         raise ValueError("--guidance: the checkpoint has no classes (train with --labels 1)")
-    return dict(plan_of(config), guidance=config["guidance"])
+    return dict(paper_plan(*(config[k] for k in ("stages", "steps", "truncate"))), guidance=config["guidance"])
 
 
 def plan_name(config):
@@ -290,7 +290,7 @@ def stops_of(plan):
 
 
 def describe(plan):
-    """A plan in words, as --sample prints it."""
+    """A plan in words."""
     parts = zip(*(plan[k] for k in ("stages", "evaluations", "steps")), stops_of(plan))
     text = ", then ".join(f"{r}x{r}: {K} of {N} evaluations, t 0 to {stop:.4g}" for r, K, N, stop in parts)
     return text + (f"; guidance {plan['guidance']:g}" if plan["guidance"] != 1 else "")
@@ -305,7 +305,7 @@ def search(net, config, device, search=script.search):
 
 
 def generate(net, config, plan, seeds, device):
-    """Decoded images (n, C, R, R) of a plan, one for each seed."""
+    """Decoded images (n, C, R, R), one a seed."""
     noise = noise_for(seeds, *((config["latent"], r, r) for r in reversed(plan["stages"])))
     noise, guidance = [noise] if torch.is_tensor(noise) else noise[::-1], plan["guidance"]
     y = script.classes_of(config, seeds).to(device) if config["labels"] else None

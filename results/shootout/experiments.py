@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments import folder_of, opened, record, start, trained  # noqa: E402
+from experiments import folder_of, opened, record, start  # noqa: E402
 import c2f_trd as c2f  # noqa: E402
 import lowdiff as low  # noqa: E402
 import multistage  # noqa: E402, F401
@@ -20,10 +20,9 @@ import postdiff  # noqa: E402
 from common import linear_alpha_bar, noise_for, save_grid  # noqa: E402
 
 S = "shootout"
-BASE, COARSE, EDM, LOW, UNIFIED = (f"--checkpoint weights/{path}.pt" for path in (
-    "c2f_trd/base", "c2f_trd/weights", "lowdiff/edm", "lowdiff/weights", "multistage/unified"))
+BASE, COARSE, EDM, LOW, UNIFIED, STAGES = (f"--checkpoint weights/{path}.pt" for path in (
+    "c2f_trd/base", "c2f_trd/weights", "lowdiff/edm", "lowdiff/weights", "multistage/unified", "multistage/weights"))
 SOLVERS = {"ddim": "DDIM", "dpm2": "2M"}
-SIXTY = "--data fashion --batch 256 --edges 0.485 0.7062", 1.73e14     # results/multistage/experiments.py: sixty
 STARTS = {"inclusive": "paper's start", "best": "best start"}
 SIGMAS, ROUNDS = 12, 4                 # candidates of a noise level, sweeps: of the search for LowDiff's last stage
 
@@ -48,6 +47,7 @@ def edm():
     """EDM's Heun, with labels: fewer and fewer steps."""
     for N in (4, 7, 12, 18):
         line("EDM", f"EDM, {2 * N - 1} evaluations", "lowdiff", f"{EDM} --steps {N}")
+    line("EDM, ends at sigma .1", "EDM, 15 evaluations, ends at sigma .1", "lowdiff", f"{EDM} --steps 8 --sigma-min 0.1")
 
 
 def trd():
@@ -70,13 +70,14 @@ def lowdiff():
         *steps, a, b = plan.split()
         line("LowDiff 8-16-32", f"LowDiff, {a} + {b} + {2 * int(steps[-1]) - 1} evaluations", "lowdiff",
              f"{LOW} --steps {' '.join(steps)} --truncate {a} {b}")
+    line("LowDiff, ends at sigma .3", "LowDiff, 18 + 13 + 9 evaluations, ends at sigma .3", "lowdiff",
+         f"{LOW} --steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3")
 
 
 def stages():
-    """Multistage: a decoder for each stage of the noise, trained with 60 % of the others' MACs (the paper's claim)."""
-    checkpoint = trained("multistage", "multistage-60", *SIXTY).with_name("weights.pt")
+    """Multistage: a decoder for each stage of the noise, trained with about half of the others' MACs."""
     for nfe in (6, 9, 12, 20):
-        line("Multistage", f"Multistage, {nfe} evaluations", "multistage", f"--checkpoint {checkpoint} --nfe {nfe}")
+        line("Multistage", f"Multistage, {nfe} evaluations", "multistage", f"{STAGES} --nfe {nfe}")
 
 
 def cached_forward(net):
@@ -139,13 +140,13 @@ def sigma_search(denoiser, noise, sigmas, x_ref):
 
 
 def last_stage(net, config, plan, seeds, device):
-    """LowDiff's last stage for its images of the stages below: denoiser(xt, sigma), noise, sigmas."""
+    """LowDiff's last stage for its images of the stages below, or EDM's only one: denoiser(xt, sigma), noise, sigmas."""
     found, cascade = [], low.cascade_sample
 
     def stop(stages):
         *below, (denoiser, noise, sigmas, _) = stages
-        z = low.upsample(cascade(below)[-1]).to(noise.dtype)
-        s = low.stops_of(plan)[-2]
+        z = low.upsample(cascade(below)[-1]).to(noise.dtype) if below else None
+        s = low.stops_of(plan)[-2] if below else None
         found.append((lambda xt, sigma: denoiser(xt, sigma, z, s), noise, sigmas))
         return [noise]
 
@@ -155,19 +156,21 @@ def last_stage(net, config, plan, seeds, device):
 
 
 def combined():
-    """LowDiff whose last stage takes searched noise levels: TRD's idea at EDM's steps, on 16 samples."""
+    """LowDiff whose last stage takes searched noise levels, TRD's idea at EDM's steps, on 16 samples; EDM with searched
+    levels."""
     levels_of = low.levels_of
     with mock.patch.object(low, "levels_of", lambda plan: [*levels_of(plan)[:-1], plan["sigmas"]] if "sigmas" in plan
                            else levels_of(plan)):
-        for N in (5, 9):
-            argv = f"{LOW} --steps 18 12 {N} --truncate 18 13"
-            _, net, config, plan, device = opened("lowdiff", argv)
+        for N, (name, argv) in itertools.product((5, 9), (("LowDiff", f"{LOW} --steps 18 12 {{}} --truncate 18 13"),
+                                                          ("EDM", f"{EDM} --steps {{}}"))):
+            _, net, config, plan, device = opened("lowdiff", argv.format(N))
             seeds = range(c2f.CALIBRATION_SEED, c2f.CALIBRATION_SEED + c2f.CALIBRATION)
             denoiser, noise, sigmas = last_stage(net, config, plan, seeds, device)
-            x_ref = low.heun_sample(denoiser, noise, low.noise_levels(40, *low.COND_RANGE))
+            x_ref = low.heun_sample(denoiser, noise, low.noise_levels(40, plan["sigma_min"][-1], plan["sigma_max"][-1]))
             found = [round(float(v), 5) for v in sigma_search(denoiser, noise, sigmas, x_ref)]
-            line("LowDiff, searched steps", f"LowDiff, 18 + 13 + {2 * N - 1} evaluations, searched", "lowdiff", argv,
-                 change=lambda plan: dict(plan, sigmas=found))
+            words = "18 + 13 + " if name == "LowDiff" else ""
+            line(f"{name}, searched steps", f"{name}, {words}{2 * N - 1} evaluations, searched", "lowdiff",
+                 argv.format(N), change=lambda plan: dict(plan, sigmas=found))
 
 
 GRID = tuple((script, f"{checkpoint} {options}") for script, checkpoint, options in (
@@ -180,7 +183,7 @@ GRID = tuple((script, f"{checkpoint} {options}") for script, checkpoint, options
     ("c2f_trd", BASE, "--method base --solver ddim --steps 10 --start best"),  # a tenth
     ("c2f_trd", BASE, "--method base --solver dpm2 --steps 10 --start best"),
     ("lowdiff", EDM, "--steps 7"),
-    ("lowdiff", LOW, "--steps 12 9 5 --truncate 12 10"),
+    ("lowdiff", LOW, "--steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3"),
     ("multistage", UNIFIED, "--nfe 9")))
 
 

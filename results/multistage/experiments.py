@@ -52,6 +52,7 @@ def opinion():
 
 def share():
     """How many MACs of training three decoders need for one decoder's FD: widths, edges; each a training to its end."""
+    whole = None
     for arm, argv in (
             ("one decoder", UNIFIED), ("one decoder, three fifths of the training", run("sixty-one", PLAIN, macs=SIXTY)),
             ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY)),
@@ -59,7 +60,9 @@ def share():
             ("three decoders, edges of equal SNR", run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF))):
         module, _, config, *_ = opened(S, argv)
         macs = training_macs(module, config) * config["step"] * config["batch"]
-        record(S, "share", argv, arm, cells=facts, training_macs=macs)
+        whole = whole or macs                                  # of the first arm
+        words = {"training MACs": f"{100 * macs / whole:.0f} %"}
+        record(S, "share", argv, arm, cells=lambda *plan: {**facts(*plan), **words}, training_macs=macs)
 
 
 def fig1d():

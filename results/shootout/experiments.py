@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import folder_of, opened, record, start  # noqa: E402
@@ -173,6 +175,8 @@ def combined():
                  argv.format(N), change=lambda plan: dict(plan, sigmas=found))
 
 
+PROMPTS = ("cat face", "Rainbow flag!", "red heart", "slice of pizza", "dog face", "umbrella", "rocket", "japan flag",
+           "clown face", "banana", "money bag", "sunflower", "police car", "ghost", "red apple", "snowman")
 GRID = tuple((script, f"{checkpoint} {options}") for script, checkpoint, options in (
     ("c2f_trd", BASE, "--method base --solver ddim --steps 100"),
     ("c2f_trd", BASE, "--method base --solver ddim --steps 5 --start best"),   # a twentieth of its MACs
@@ -196,7 +200,20 @@ def samples(n=12):
     save_grid(folder_of(S) / "samples.png", torch.cat(rows), columns=n)
 
 
-FUNCTIONS = (plain, edm, trd, lowdiff, stages, post, combined, samples)
+def front(n=16):
+    """results/samples.png: what --sample makes by default, a row for each script; PostDiff's with its prompts below."""
+    parts, path = [], folder_of(S).parent / "samples.png"
+    words = " ".join(f"'{prompt}'" for prompt in PROMPTS)
+    for script in ("c2f_trd", "lowdiff", "multistage", "postdiff"):
+        argv = f"--checkpoint weights/{script}/weights.pt" + f" --prompt {words}" * (script == "postdiff")
+        module, net, config, plan, device = opened(script, argv)
+        save_grid(path, module.sample(net, config, plan, range(n), device), columns=n,
+                  captions=PROMPTS[:n] if script == "postdiff" else ())
+        parts.append(np.asarray(Image.open(path).convert("RGB")))
+    Image.fromarray(np.concatenate(parts)).save(path)
+
+
+FUNCTIONS = (plain, edm, trd, lowdiff, stages, post, combined, samples, front)
 
 if __name__ == "__main__":
     start(FUNCTIONS)

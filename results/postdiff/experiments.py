@@ -52,6 +52,7 @@ def headline():
 def opinion():
     """A second opinion on the headline: FD in the features of EfficientNet-Lite0, which were not trained here."""
     for options, arm in (("--method base", "DDIM, 20 guided steps"), ("", "PostDiff, 20 steps: s .5, k 2, m .75"),
+                         ("--method base --steps 7", "ddim, 7 guided steps"),
                          ("--method base --solver dpm2 --steps 7", "dpm2, 7 guided steps")):
         row("opinion", options, arm, extractor="efficientnet-lite0")
 

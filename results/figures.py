@@ -116,8 +116,9 @@ def fig_classes(rows, axes):
 
 def fig_shootout(rows, axes):
     found = groups(rows, "shootout")
-    right = "DDIM", "2M", "EDM", "LowDiff", "DPM", "Multi", "PostDiff"
-    for ax, words in zip(axes, (("DDIM", "2M", "TRD", "C2F"), right)):
+    left, right = ("DDIM", "2M", "TRD", "C2F", "PostDiff"), ("2M", "EDM", "LowDiff", "DPM", "Multi")
+    for ax, words in zip(axes, (left, right)):
+        ax.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         curves = {name: g for name, g in sort(found, lambda r: r["method"]).items() if name.startswith(words)}
         lines_of(ax, curves, mmacs, xscale="log", yscale="log", xlabel="MMACs an image", ylabel=fd_label(found))
         for axis, first in (ax.xaxis, 2000), (ax.yaxis, 0.1):

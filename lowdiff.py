@@ -82,7 +82,7 @@ CONFIG = {
     "method": {
         "steps":      ([0], (0, 1000), "Heun steps N of each stage, low to high; 0: as searched, or the paper's"),
         "truncate":   ([0], (0, 10 ** 4), "evaluations K of each stage but the last; 0: as searched, or the paper's"),
-        "sigma_min":  ([0.0], (0, 1000), "METHOD: last level above 0 of each stage, low to high; 0: the paper's"),
+        "sigma_min":  ([0.0], (0, 10), "METHOD: last level above 0 of each stage, low to high; 0: the paper's"),
         "classes":    ([-1], (-1, 10 ** 6), "numbers of the classes to draw, in turn; -1: all"),
     },
 }

@@ -320,6 +320,10 @@ def test_trained(tmp_path, monkeypatch):
         torch.save(saved, path)
         experiments.trained("c2f_trd", "x", argv, macs)
         assert torch.load(path, weights_only=True)["step"] == 5
+        (path.parent / "checkpoint.pt").unlink()               # of which the averaged weights alone were kept
+        kept = (path.parent / "weights.pt").read_bytes()
+        assert experiments.trained("c2f_trd", "x", argv, macs) == path.parent / "weights.pt"
+        assert (path.parent / "weights.pt").read_bytes() == kept and not path.exists()
     with pytest.raises(ValueError, match="--ch"):
         experiments.trained("c2f_trd", "y", "--ch 1")
 

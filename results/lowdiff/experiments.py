@@ -46,7 +46,8 @@ def headline():
     the last beside EDM by the clock."""
     module, net, config, plan, device = opened(S, EDM)
     speed = measure_speed(module, opened(S, OURS)[1:4], (net, config, plan), device)
-    method = record(S, "headline", OURS, "method", cells=dict(what="LowDiff 8-16-32"), **speed)[0]
+    method = record(S, "headline", OURS, "method", cells=dict(what="LowDiff 8-16-32, last stage to sigma .3"),
+                    **speed)[0]
     off = record(S, "headline", EDM, "off switch", cells=dict(what="EDM, 35 evaluations"))[0]
     K, tried = math.ceil(method["macs_per_image"] / off["macs_per_image"] * sum(plan["evaluations"])), {}
     N = K // 2 + 1                                             # the fewest steps with K evaluations or more
@@ -255,7 +256,8 @@ def samples():
         F.interpolate(x, size=config["res"], mode="nearest").clamp(-1, 1).float() for x in seen]), columns=16)
 
 
-FUNCTIONS = (headline, paper, last, quieter, opinion, table4, table5, table8, table9, table10, table11, table12, where, choices, samples)
+FUNCTIONS = (headline, paper, last, quieter, opinion,
+             table4, table5, table8, table9, table10, table11, table12, where, choices, samples)
 
 if __name__ == "__main__":
     start(FUNCTIONS)

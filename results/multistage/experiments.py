@@ -54,10 +54,12 @@ def share():
     """How many MACs of training three decoders need for one decoder's FD: widths, edges; each a training to its end."""
     whole = None
     for arm, argv in (
-            ("one decoder", UNIFIED), ("one decoder, three fifths of the training", run("sixty-one", PLAIN, macs=SIXTY)),
+            ("one decoder", UNIFIED),
+            ("one decoder, three fifths of the training", run("sixty-one", PLAIN, macs=SIXTY)),
             ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY)),
             ("three decoders, narrower", run("narrow", f"{ALIKE} --widths 32 24 12", macs=1.32e14)),
-            ("three decoders, edges of equal SNR", run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF))):
+            ("three decoders, edges of equal SNR",
+             run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF))):
         module, _, config, *_ = opened(S, argv)
         macs = training_macs(module, config) * config["step"] * config["batch"]
         whole = whole or macs                                  # of the first arm
@@ -213,8 +215,8 @@ def samples():
     grid(S, "rows", [UNIFIED, WEIGHTS])
 
 
-FUNCTIONS = (headline, opinion, share, fig1d, table1, table3, table4, table7, batches, clusterings, stage_losses, cluster_speed,
-             samples)
+FUNCTIONS = (headline, opinion, share, fig1d, table1, table3, table4, table7, batches, clusterings, stage_losses,
+             cluster_speed, samples)
 
 if __name__ == "__main__":
     start(FUNCTIONS)

@@ -199,8 +199,8 @@ def samples():
     grid(S, "rows", [f"{WEIGHTS} {more}" for more in options])
 
 
-FUNCTIONS = (headline, opinion, table1, table2, table5, table7, fig4, fig7, fig8, fig9, calibration, solver, guidance, latency,
-             samples)
+FUNCTIONS = (headline, opinion, table1, table2, table5, table7, fig4, fig7, fig8, fig9, calibration, solver, guidance,
+             latency, samples)
 
 if __name__ == "__main__":
     start(FUNCTIONS)

@@ -49,7 +49,8 @@ def edm():
     """EDM's Heun, with labels: fewer and fewer steps."""
     for N in (4, 7, 12, 18):
         line("EDM", f"EDM, {2 * N - 1} evaluations", "lowdiff", f"{EDM} --steps {N}")
-    line("EDM, ends at sigma .1", "EDM, 15 evaluations, ends at sigma .1", "lowdiff", f"{EDM} --steps 8 --sigma-min 0.1")
+    line("EDM, ends at sigma .1", "EDM, 15 evaluations, ends at sigma .1", "lowdiff",
+         f"{EDM} --steps 8 --sigma-min 0.1")
 
 
 def trd():
@@ -142,7 +143,8 @@ def sigma_search(denoiser, noise, sigmas, x_ref):
 
 
 def last_stage(net, config, plan, seeds, device):
-    """LowDiff's last stage for its images of the stages below, or EDM's only one: denoiser(xt, sigma), noise, sigmas."""
+    """LowDiff's last stage for its images of the stages below, or EDM's only one: denoiser(xt, sigma), noise,
+    sigmas."""
     found, cascade = [], low.cascade_sample
 
     def stop(stages):

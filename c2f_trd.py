@@ -1,15 +1,15 @@
 """C2F-TRD: Efficient Coarse-to-Fine Diffusion Models with Time Step Sequence Redistribution (arXiv 2603.21348).
 
-The first steps of a diffusion sampler produce blur: run them at low resolution (C2F). One network does both
-resolutions, told which by a label; t*, the step at which to go from low to high, is where the low-resolution images
-that it predicts have their lowest rank. Then choose the few steps worth taking (TRD): move one step after the other,
-between its neighbours, whenever 16 images come closer to those of 100 steps.
+The first steps of a diffusion sampler produce blur: make a small image instead, up-sample it, add noise up to step t*
+and go on from there at full resolution (C2F). One network does both resolutions, told which by a label; t* is where the
+low-resolution images that it predicts have their lowest rank. Then choose the few steps worth taking (TRD): move one
+step after the other, between its neighbours, whenever 16 images come closer to those of 100 steps.
 
     python c2f_trd.py --sample                               # 64 images from the shipped weights
     python c2f_trd.py --sample --method base --solver ddim --steps 100      # off switch: plain DDIM
     python c2f_trd.py --search --sample --steps 8            # the paper's search for 8 high-resolution steps
     python c2f_trd.py --train --out runs/base                # the base model, from scratch
-    python c2f_trd.py --train --init runs/base/checkpoint.pt --low 8 --lr 3e-4 --sample     # then C2F and TRD
+    python c2f_trd.py --train --init runs/base/checkpoint.pt --low 8 --lr 3e-4 --sample --out runs/two     # C2F, TRD
     torchrun --nproc_per_node=2 -- c2f_trd.py --train        # two processes, or two GPUs
 
 Symbols: t_T .. t_0 -> taus[0] .. taus[-1], K falling steps, all evaluated (the paper's T is our K; its i runs the other
@@ -34,19 +34,19 @@ from common import (LossModule, add_noise, autocast, begin_run, find_plan, gathe
                     save_run, save_samples, scale_and_sigma, start_device, to_float, to_uint8)
 
 SCRIPT = "c2f_trd"
-T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
+T = 1000                       # diffusion steps; linear beta 1e-4 .. 0.02 (DDPM)
 CALIBRATION = 16               # samples of the TRD loss (Sec. IV)
 CANDIDATES = 5                 # n of Eq. 3 (Sec. IV)
 SWEEPS = 10                    # maximum iteration (Sec. IV)
 REFERENCE_STEPS = 100          # of the reference model (Sec. III-B)
 VARIANCE = 0.99                # share of the variance that defines the cut index (Fig. 5)
 PCA = 1024                     # samples of the transition step's PCA (D3)
-CALIBRATION_SEED, PCA_SEED = 10 ** 9, 3 * 10 ** 9              # far from samples' seeds
+CALIBRATION_SEED, PCA_SEED = 10 ** 9, 3 * 10 ** 9              # far from usual seeds
 ORDER = {"ddim": 1, "dpm2": 2}                                 # of the solvers; dpm2: DPM-Solver++ 2M
 POWERS = {"inclusive": None, "exclusive": 1}                   # of uniform_steps
 BEST_OF = (None, 1, 1.25, 1.5, 1.75, 2, 2.5)                   # the powers that --start best compares (D12)
 SHIPPED = {"base": "base.pt", "trd": "base.pt"}                # weights of a method, if not weights.pt
-WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
+WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of all, in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
@@ -59,11 +59,11 @@ CONFIG = {
         "n":          (64, (1, 10 ** 7), "images of --sample"),
     },
     "network": {
-        "res":        (32, (4, 1024), "side R to which a folder's images are reduced"),
+        "res":        (32, (4, 1024), "side R to which a folder's images are resized"),
         "ch":         (32, (4, 1024), "base width"),
         "mult":       ([1, 2, 4], (1, 64), "width of each level, in base widths"),
         "blocks":     (1, (1, 16), "residual blocks per level"),
-        "attention":  ([2], (-1, 16), "levels with attention; -1: none"),
+        "attention":  ([2], (-1, 16), "levels with attention beside the bottom; -1: none"),
         "patch":      (1, (1, 8), "pixels per side that are folded into channels"),
         "low":        (0, (0, 1024), "METHOD: side of the low resolution; 0: the base model, of one resolution"),
     },
@@ -174,16 +174,16 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
-    def __init__(self, channels, skips, ch, mult, blocks, attention, patch):
+    def __init__(self, channels, widths, ch, mult, blocks, attention, patch):
         super().__init__()
         groups, c_emb = min(32, ch // 4), 4 * ch
         self.patch = patch
-        c, skips, self.up = skips[-1], list(skips), nn.ModuleList()
+        c, widths, self.up = widths[-1], list(widths), nn.ModuleList()
         for level, m in reversed(list(enumerate(mult))):
             for block in range(blocks + 1):
                 attend = [Attention(ch * m, groups)] if level in attention else []
                 rise = [up(ch * m)] if level > 0 and block == blocks else []
-                self.up.append(nn.ModuleList([ResBlock(c + skips.pop(), ch * m, c_emb, groups), *attend, *rise]))
+                self.up.append(nn.ModuleList([ResBlock(c + widths.pop(), ch * m, c_emb, groups), *attend, *rise]))
                 c = ch * m
         self.norm_out, self.conv_out = nn.GroupNorm(groups, c, eps=1e-6), nn.Conv2d(c, channels * patch ** 2, 3, 1, 1)
 
@@ -251,8 +251,8 @@ def check_config(config):
     """Raises ValueError if the sizes in config do not fit each other."""
     R, low, multiple = config["res"], config["low"] or config["res"], config["patch"] * 2 ** (len(config["mult"]) - 1)
     if R % low or low % multiple or low == R and config["low"]:
-        raise ValueError(f"the resolution {R} and --low {low} must be multiples of {multiple} (--mult, --patch), the "
-                         "one of the other")
+        raise ValueError(f"the resolution {R} and --low {config['low'] or ''} must be multiples of {multiple} (--mult, "
+                         "--patch), the one of the other, --low the smaller")
 
 
 def load_data(config):
@@ -266,7 +266,7 @@ def load_data(config):
 
 
 def draw_batch(config, x, y, step):
-    """Every random input of a training step, on the CPU, for the whole batch."""
+    """Every random input of a training step, on the CPU, for the whole batch; classes y are not used."""
     B, R, low = config["batch"], config["res"], config["low"]
     x0, t = to_float(x[torch.randint(0, len(x), (B,))]), torch.randint(0, T, (B,))
     if config["flip"]:

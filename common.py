@@ -43,6 +43,7 @@ HERE = Path(__file__).resolve().parent
 # ---------------------------------------------------------------------------------------------
 ACTIONS = dict(train="train a network into --out", search="the paper's search: writes a plan into --out",
                sample="images into --out/samples.png", resume="with --train: go on with the run in --out")
+GOES_WITH = dict(network=("train",), training=("train",), method=("search", "sample"), search=("search",))
 CHANGEABLE = ("data", "lr", "iters", "save_every")             # beside --resume; all else is the run's own
 
 
@@ -50,8 +51,7 @@ def parse_config(script, groups, doc, argv=None):
     """The command line as a dict {option: value}, with `given`, the set of options that it names.
 
     groups: a script's CONFIG, {group: {option: (default, allowed, help)}}; the default decides the type; allowed: a
-    tuple of words, or the lowest and the highest number. Group "network" and "training" go with --train only,
-    "method" with --search and --sample. Raises ValueError with one line."""
+    tuple of words, or the lowest and the highest number. A group goes with actions: GOES_WITH. Raises ValueError."""
     parser = argparse.ArgumentParser(script, description=" ".join(doc.split("\n\n")[0].split()), allow_abbrev=False,
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 118))
 
@@ -76,18 +76,16 @@ def parse_config(script, groups, doc, argv=None):
             check_option(option, given[key], default, allowed)
         except ValueError as error:
             fail(error)
-        if group in ("network", "training") and not config["train"]:
-            fail(f"{option} goes with --train: a checkpoint brings its own")
-        if group == "method" and not (config["search"] or config["sample"]):
-            fail(f"{option} goes with --search or --sample")
+        actions = GOES_WITH.get(group, ())
+        if actions and not any(config[action] for action in actions):
+            fail(f"{option} goes with --{' or --'.join(actions)}{': a checkpoint has its own' * ('train' in actions)}")
         if config["resume"] and (group in ("network", "training") and key not in CHANGEABLE or key == "seed"):
             fail(f"{option} cannot change in a run: leave it out beside --resume, or train anew")
     if not (config["train"] or config["search"] or config["sample"]):
         fail("nothing to do: give --train, --search or --sample")
-    if config["resume"] and not config["train"]:
-        fail("--resume goes with --train")
-    if "n" in given and not config["sample"]:
-        fail("--n goes with --sample")
+    for key, action in ("resume", "train"), ("n", "sample"):
+        if key in given and not config[action]:
+            fail(f"--{key} goes with --{action}")
     if config["train"] and "checkpoint" in given:
         fail("--checkpoint is what is searched and sampled: to train on from it give --init, to go on --resume")
     return {**config, "given": set(given)}
@@ -359,7 +357,7 @@ def gather(part, world):
 
 
 def has_fast_bf16(device):
-    """Does bfloat16 arithmetic run in hardware? (Emulated on a CPU it is ten times slower.)"""
+    """Does bfloat16 arithmetic run in hardware? (Emulated it is ten times slower.)"""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -384,8 +382,8 @@ class LossModule(nn.Module):
 
 def progress(items, title, unit=1, every=15.0, note=lambda: ""):
     """Yields from the sequence `items`; prints rate and time left to stderr: one line that renews
-    itself on a terminal, a plain line every `every` seconds in a log. unit: images per item;
-    note: called when a line is printed."""
+    itself on a terminal, a line every `every` seconds in a log. unit: images per item;
+    note: called for each line."""
     tty, total, start = sys.stderr.isatty(), len(items), time.time()
     shown, quiet = start, dist.is_initialized() and dist.get_rank() > 0
     if tty and not quiet:
@@ -402,8 +400,8 @@ def progress(items, title, unit=1, every=15.0, note=lambda: ""):
 
 
 def write_atomically(path, write):
-    """Calls write(temporary path), then renames it to `path`: a reader or a kill at any moment finds
-    the old file or the new one. Raises OSError with a line that names the file (disk full, ...)."""
+    """Calls write(temporary path), then renames it to `path`: a reader or a kill finds the old file or
+    the new one. Raises OSError with a line that names the file (disk full, ...)."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -556,7 +554,8 @@ def begin_run(script, config, groups, device, world):
         saved = load_checkpoint(out / "checkpoint.pt", script)
         if not saved["net"] or "optimizer" not in saved:
             raise ValueError(f"{out}/checkpoint.pt is no training's state: train on from it with --init")
-        config = {**config, **saved["config"], **{k: config[k] for k in given | {"out"}}}
+        old = {k: v for k, v in saved["config"].items() if k not in groups["method"]}
+        config = {**config, **old, **{k: config[k] for k in given | {"out"}}}
         if saved["step"] >= config["iters"]:
             raise ValueError(f"--resume: {out} is finished, {saved['step']} steps: give more --iters to go on")
     elif there:

@@ -9,7 +9,7 @@ all resolutions in each step, as fast as a cascade and as small as its largest m
     python lowdiff.py --sample --checkpoint weights/lowdiff/edm.pt          # off switch: plain EDM
     python lowdiff.py --sample --steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3     # another plan: better (D23)
     python lowdiff.py --train --mult 1 1 1 --out runs/lowdiff               # 8 -> 16 -> 32, from scratch (D16)
-    python lowdiff.py --train --stages 32 --out runs/edm     # off switch: EDM is one stage
+    python lowdiff.py --train --stages 32 --mult 1 1 1 --out runs/edm       # off switch: EDM is one stage
     python lowdiff.py --search --sample                      # Appendix C: where to stop each stage, by FD
     torchrun --nproc_per_node=2 -- lowdiff.py --train        # two processes, or two GPUs
 
@@ -45,7 +45,7 @@ SCHEDULES = {
 SHIFTS = (-4, -2, -1, 0, 1, 2, 4)                              # of K, in the search; Appendix C: -2 .. 2 (D22)
 SEARCH_N, REFERENCE_N, SEARCH_SEED = 1000, 10_000, 2 * 10 ** 9     # samples, images compared with, first seed
 SHIPPED = {}                   # weights of a method, if not weights.pt
-WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
+WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of all, in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
@@ -58,11 +58,11 @@ CONFIG = {
         "n":          (64, (1, 10 ** 7), "images of --sample"),
     },
     "network": {
-        "res":        (32, (4, 1024), "side R to which a folder's images are reduced"),
+        "res":        (32, (4, 1024), "side R to which a folder's images are resized"),
         "ch":         (32, (4, 1024), "base width"),
         "mult":       ([1, 2, 4], (1, 64), "width of each level, in base widths"),
         "blocks":     (1, (1, 16), "residual blocks per level"),
-        "attention":  ([2], (-1, 16), "levels with attention; -1: none"),
+        "attention":  ([2], (-1, 16), "levels with attention beside the bottom; -1: none"),
         "patch":      (1, (1, 8), "pixels per side that are folded into channels"),
         "stages":     ([8, 16, 32], (1, 1024), "METHOD: resolutions, low to high; 32: one stage, EDM (off switch)"),
         "labels":     (1, (0, 1), "1: the network is told the image's class"),
@@ -80,8 +80,8 @@ CONFIG = {
         "s_std":      (0.3, (0, 10), "METHOD: deviation of ln s (D3)"),
     },
     "method": {
-        "steps":      ([0], (0, 1000), "Heun steps N of each stage, low to high; 0: as searched, or the paper's"),
-        "truncate":   ([0], (0, 10 ** 4), "evaluations K of each stage but the last; 0: as searched, or the paper's"),
+        "steps":      ([0], (0, 1000), "Heun steps N of each stage, low to high; 0 alone: as searched, or the paper's"),
+        "truncate":   ([0], (0, 10 ** 4), "evaluations K of each stage but the last; 0 alone: the same"),
         "sigma_min":  ([0.0], (0, 10), "METHOD: last level above 0 of each stage, low to high; 0: the paper's"),
         "classes":    ([-1], (-1, 10 ** 6), "numbers of the classes to draw, in turn; -1: all"),
     },
@@ -179,17 +179,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
-    def __init__(self, channels, skips, ch, mult, blocks, attention, patch, stages):       # METHOD: stages
+    def __init__(self, channels, widths, ch, mult, blocks, attention, patch, stages):       # METHOD: stages
         super().__init__()
         groups, c_emb = min(32, ch // 4), 4 * ch
         self.patch = patch
-        c, skips, self.up = skips[-1], list(skips), nn.ModuleList()
+        c, widths, self.up = widths[-1], list(widths), nn.ModuleList()
         self.norm_out, self.conv_out = nn.ModuleDict(), nn.ModuleDict()        # METHOD: 3.3, an exit for each (D1)
         for level, m in reversed(list(enumerate(mult))):
             for block in range(blocks + 1):
                 attend = [Attention(ch * m, groups)] if level in attention else []
                 rise = [up(ch * m)] if level > 0 and block == blocks else []
-                self.up.append(nn.ModuleList([ResBlock(c + skips.pop(), ch * m, c_emb, groups), *attend, *rise]))
+                self.up.append(nn.ModuleList([ResBlock(c + widths.pop(), ch * m, c_emb, groups), *attend, *rise]))
                 c = ch * m
             if (r := stages[-1] >> level) in stages:                           # METHOD: with a norm of its own
                 self.norm_out[str(r)] = nn.GroupNorm(groups, c, eps=1e-6)      # METHOD
@@ -206,8 +206,8 @@ class Decoder(nn.Module):
 
 class UNet(nn.Module):
     """F (B, C, r, r) of EDM's Eq. 7 for each r in `stages` (low to high, each twice the one before) from t (B,) and xt:
-    the image (B, C, r, r), above the lowest stage image and condition (B, 2C, r, r). Level l works at R / 2^l; a
-    resolution activates the levels from its own to the bottom. labels: number of classes, told by y (B,)."""
+    the image (B, C, r, r), above the lowest stage image and condition (B, 2C, r, r). Level l works at R / (2^l patch);
+    a resolution activates the levels from its own to the bottom. labels: number of classes, told by y (B,)."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch, labels=0, stages=(32,)):       # METHOD: stages
         super().__init__()
@@ -284,7 +284,7 @@ def edm_loss(net, x0, sigma, eps, z=None, s=None, y=None):
 
 def effective_nfe(nfe, seconds):
     """METHOD: Appendix B: evaluations at all resolutions, in evaluations at the last one. nfe: evaluations of each
-    stage, low to high; seconds: of one evaluation of each. The low ones are summed, then rounded up (D10)."""
+    stage, low to high; seconds: of one evaluation of each. The low ones' sum is rounded up (D10). For results/."""
     return nfe[-1] + math.ceil(sum(n * t / seconds[-1] for n, t in zip(nfe[:-1], seconds)) - 1e-9)     # 1e-9: rounding
 
 
@@ -321,7 +321,7 @@ def load_data(config):
 
 def draw_batch(config, x, y, step):
     """Every random input of a training step, on the CPU, for the whole batch: x0, y, sigma (B, n) and s (B, n - 1) of
-    the n stages, then eps of each and eps_z, at half their size, of all but the first."""
+    the n stages, then eps of each and eps_z, at half their size, of all but the first. step: not used here."""
     B, C, stages = config["batch"], config["channels"], config["stages"]
     index = torch.randint(0, len(x), (B,))
     x0 = to_float(x[index])
@@ -361,7 +361,7 @@ def noise_levels(steps, sigma_min, sigma_max):
 
 
 def stop_level(sigmas, evaluations, per_step=2):
-    """METHOD: the level reached after `evaluations` (None: all) of a solver of `per_step` each step, begun ones too."""
+    """METHOD: the level reached after `evaluations` (None: all) of a solver of `per_step` a step; begun ones count."""
     return sigmas[-1] if evaluations is None else sigmas[math.ceil(evaluations / per_step)]
 
 
@@ -443,7 +443,7 @@ def classes_of(config, seeds):
 
 def generate(net, config, plan, seeds, device):
     """Images (n, C, R, R) of a plan, one for each seed."""
-    noise = noise_for(seeds, *((config["channels"], r, r) for r in reversed(plan["stages"])))  # the last one as of EDM
+    noise = noise_for(seeds, *((config["channels"], r, r) for r in reversed(plan["stages"])))  # EDM's first
     noise = [noise] if torch.is_tensor(noise) else noise[::-1]
     y = classes_of(config, seeds).to(device) if config["labels"] else None
 
@@ -479,8 +479,8 @@ def search(net, config, device):
     plan = plan_of(config)
     if len(plan["stages"]) == 1:
         raise ValueError("--search: one stage (EDM) has no truncation to search")
-    extractor, name = load_extractor(config["data"], device)
-    reference = feature_stats(extract(extractor, load_images(config["data"], config["res"])[0][:REFERENCE_N])[0])
+    (extractor, name), x = load_extractor(config["data"], device), load_images(config["data"], config["res"])[0]
+    reference, config = feature_stats(extract(extractor, x[::-(-len(x) // REFERENCE_N)])[0]), dict(config, classes=[-1])
     plan.update(step=config["step"], network=config.get("digest"), searched=[])
     for i, (r, N) in enumerate(zip(plan["stages"][:-1], plan["steps"])):
         found, before = {}, plan["evaluations"]
@@ -506,13 +506,13 @@ def describe(plan):
 
 def plan_of(config):
     """The paper's plan, with what --steps, --truncate and --sigma-min say."""
+    if config["classes"] != [-1] and not config["labels"]:
+        raise ValueError("--classes: the checkpoint has no classes (train with --labels 1)")
     return paper_plan(*(config[k] for k in ("stages", "steps", "truncate", "sigma_min")))
 
 
 def make_plan(net, config, device):
     """The plan of the command line; else one that was searched with the same network; else the paper's."""
-    if config["classes"] != [-1] and not config["labels"]:
-        raise ValueError("--classes: the checkpoint has no classes (train with --labels 1)")
     plan, told = plan_of(config), any(config["steps"] + config["truncate"] + config.get("sigma_min", []))
     found = None if told else find_plan(config, plan_name(config), plan)
     if found:                                                  # its numbers must fit

@@ -43,9 +43,9 @@ T_END = 1e-4                   # last t of DPM-Solver (D12)
 ETA, ALPHA = 2 / 256, 0.9      # thresholds of Algorithm 1 (Sec. 5)
 SAMPLES = 10_000               # K of Algorithms 1 and 2 (D4; the paper: 50,000)
 SHORTEST = 0.02                # length of a stage, below which a clustering is refused (D20)
-CLUSTER_SEED = 10 ** 9         # far from samples' seeds
+CLUSTER_SEED = 10 ** 9         # far from usual seeds
 SHIPPED = {}                   # weights of a method, if not weights.pt
-WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
+WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of all, in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
@@ -58,11 +58,11 @@ CONFIG = {
         "n":          (64, (1, 10 ** 7), "images of --sample"),
     },
     "network": {
-        "res":        (32, (4, 1024), "side R to which a folder's images are reduced"),
+        "res":        (32, (4, 1024), "side R to which a folder's images are resized"),
         "ch":         (32, (4, 1024), "base width"),
         "mult":       ([1, 2, 4], (1, 64), "width of each level, in base widths"),
         "blocks":     (1, (1, 16), "residual blocks per level"),
-        "attention":  ([2], (-1, 16), "levels with attention; -1: none"),
+        "attention":  ([2], (-1, 16), "levels with attention beside the bottom; -1: none"),
         "patch":      (1, (1, 8), "pixels per side that are folded into channels"),
         "widths":     ([48, 32, 12], (4, 1024), "METHOD: base width of each stage's decoder (D13); one: off switch"),
         "edges":      ([0.0], (0, 1), "METHOD: of the stages, one less than widths; 0: clustered from the images"),
@@ -81,8 +81,10 @@ CONFIG = {
     "method": {
         "nfe":        (20, (1, 1000), "evaluations of the network"),
         "order":      (3, (1, 3), "of DPM-Solver"),
-        "stages":     (3, (2, 20), "--search: into how many to cluster"),
-        "images":     ("", None, "--search: data set or folder to cluster; default: the checkpoint's"),
+    },
+    "search": {
+        "stages":     (3, (2, 20), "into how many to cluster"),
+        "images":     ("", None, "data set or folder to cluster; default: the checkpoint's"),
     },
 }
 
@@ -173,16 +175,16 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
-    def __init__(self, channels, skips, ch, mult, blocks, attention, patch):
+    def __init__(self, channels, widths, ch, mult, blocks, attention, patch):
         super().__init__()
-        groups, c_emb = common_groups(ch, skips[0]), 4 * skips[0]              # METHOD: skips[0] is the encoder's ch
+        groups, c_emb = common_groups(ch, widths[0]), 4 * widths[0]            # METHOD: widths[0] is the encoder's ch
         self.patch = patch
-        c, skips, self.up = skips[-1], list(skips), nn.ModuleList()
+        c, widths, self.up = widths[-1], list(widths), nn.ModuleList()
         for level, m in reversed(list(enumerate(mult))):
             for block in range(blocks + 1):
                 attend = [Attention(ch * m, groups)] if level in attention else []
                 rise = [up(ch * m)] if level > 0 and block == blocks else []
-                self.up.append(nn.ModuleList([ResBlock(c + skips.pop(), ch * m, c_emb, groups), *attend, *rise]))
+                self.up.append(nn.ModuleList([ResBlock(c + widths.pop(), ch * m, c_emb, groups), *attend, *rise]))
                 c = ch * m
         self.norm_out, self.conv_out = nn.GroupNorm(groups, c, eps=1e-6), nn.Conv2d(c, channels * patch ** 2, 3, 1, 1)
 
@@ -193,9 +195,9 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """v_hat (B, C, H, W) (D19) from xt (B, C, H, W), t (B,) and stage, an int or int64 (B,). Fully convolutional: H and
-    W are any multiples of patch * 2^(levels - 1). METHOD: Sec. 3.1: one encoder for all stages, a decoder for each, of
-    the base width in `widths`, stage 0 (next to the data) first; widths [ch] is a plain U-Net."""
+    """v_hat (B, C, H, W) (D19) from xt (B, C, H, W), 999 t (B,) and stage, an int or int64 (B,). Fully convolutional: H
+    and W are any multiples of patch * 2^(levels - 1). METHOD: Sec. 3.1: one encoder for all stages, a decoder for each,
+    of the base width in `widths`, stage 0 (next to the data) first; widths [ch] is a plain U-Net."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch, widths):              # METHOD: widths
         super().__init__()
@@ -365,7 +367,7 @@ def cluster_timesteps(method, n, data, samples=SAMPLES):
     method: optimal: Algorithm 1 (n = 3) or 2; optimal2: Algorithm 2 for any n. data (N, C, R, R): floats as the network
     sees them, images in [-1, 1]. Raises ValueError for other data and if a stage would be shorter than SHORTEST."""
     if not data.is_floating_point() or not data.abs().max() < 100 or data.min() >= 0:
-        raise ValueError(f"data of {data.dtype}, {data.min()} .. {data.max()}: float images in [-1, 1] are clustered")
+        raise ValueError(f"data of {data.dtype}, {data.min()} .. {data.max()}: give floats in [-1, 1], not [0, 1]")
     if len(data) < 2 or not 2 <= n <= 20 or method not in ("optimal", "optimal2"):
         raise ValueError(f"{method}, {len(data)} images, {n} stages: optimal(2), at least two images, 2 to 20 stages")
     if method == "optimal" and n == 3:                         # Algorithm 1; its Eq. 8 is Eq. 7 seen from t = 1
@@ -381,7 +383,7 @@ def cluster_timesteps(method, n, data, samples=SAMPLES):
     edges = [round(edge, 4) for edge in edges]
     if min(b - a for a, b in itertools.pairwise([0, *edges, 1])) < SHORTEST:
         raise ValueError(f"clustering {len(data)} images into {n} stages gives edges {edges}, a stage shorter than "
-                         f"{SHORTEST}: take more images, fewer stages (--widths), or give --edges (paper: 0.442 0.631)")
+                         f"{SHORTEST}: more images, fewer stages (--stages; in training --widths), or --edges")
     return edges, dict(clustering=method, n=n, edges=edges, **found)
 
 
@@ -426,7 +428,7 @@ def draw_batch(config, x, y, step):
 
 def training_loss(net, config, x0, t, eps):
     """Mean squared error of v_hat, v = s (eps - sigma x0) (D19). METHOD: by the decoder of each sample's own stage."""
-    level = t.cpu()                                            # the one time in a step that the device is waited for
+    level = t.cpu()                                            # a short wait: the copies to the device have waited
     sigma = sigma_of(level).view(-1, 1, 1, 1)
     scale, sigma = scale_of(sigma).to(x0), sigma.to(x0)
     v_hat = net(scale * (x0 + sigma * eps), 999 * t, stage_of(level, config["edges"]))
@@ -547,8 +549,6 @@ def describe(plan):
 
 def make_plan(net, config, device):
     """What is run: evaluations, order of DPM-Solver; from a run of it their t, and their number in each stage."""
-    if config["given"] & {"stages", "images"} and not config["search"]:
-        raise ValueError("--stages and --images go with --search")
     taus, edges = [], config["edges"]
 
     def note(xt, t):                                           # a model that only notes its t

@@ -1,6 +1,6 @@
 """PostDiff: Fewer Denoising Steps or Cheaper Per-Step Inference (arXiv 2508.06160).
 
-A text-to-image model becomes cheaper without training by fewer steps or by cheaper ones. PostDiff is the second.
+A text-to-image model becomes cheaper without training by fewer steps or by cheaper ones: PostDiff.
 Mixed resolution: the first share s of the steps runs on a smaller image, whose predicted x0 is up-sampled and
 re-noised. Hybrid caching: the deep part of the U-Net runs every k-th step (DeepCache); after the share m of the
 steps guidance ends, and every cross-attention gives what it gave last.
@@ -9,7 +9,7 @@ steps guidance ends, and every cross-attention gives what it gave last.
     python postdiff.py --sample --method base                # off switch: plain guidance
     python postdiff.py --search --sample                     # calibration: steps, s, by caption score
     python postdiff.py --train --out runs/base               # from scratch
-    python postdiff.py --train --init runs/base/checkpoint.pt --low-share 0.5 --out runs/tuned      # Appendix F
+    python postdiff.py --train --init runs/base/checkpoint.pt --low-share 0.5 --lr 3e-4 --out runs/tuned     # App. F
     torchrun --nproc_per_node=2 -- postdiff.py --train       # two processes or GPUs
 
 Symbols: T (denoising steps) -> K, their sequence -> taus; x^l, x^f -> low and full resolution; beta, s, k, m, w as in
@@ -34,16 +34,16 @@ from common import (LossModule, add_noise, autocast, begin_run, caption_score, c
                     save_samples, scale_and_sigma, start_device, to_float, to_uint8)
 
 SCRIPT = "postdiff"
-T = 1000                       # training steps; linear beta 1e-4 .. 0.02 (DDPM)
+T = 1000                       # diffusion steps; linear beta 1e-4 .. 0.02 (DDPM)
 WORDS, C_TEXT = 12, 64         # words of a caption; width of the text's features (D14)
 DROP = 0.1                     # share of captions replaced by the null text, for guidance (D14)
 BUDGET, REFERENCE_STEPS = 0.4, 20                      # calibration: share of 20 steps' MACs (D10)
 STEPS, SHARES = (6, 8, 12, 16, 20), (0, 0.25, 0.5)     # tried: K, s
-CALIBRATION, CALIBRATION_SEED = 250, 10 ** 9           # its images; far from samples
+CALIBRATION, CALIBRATION_SEED = 250, 10 ** 9           # its images; far from usual seeds
 ORDER = {"ddim": 1, "dpm2": 2}                         # of the solvers; dpm2: DPM-Solver++ 2M
 CHOICES = ("cond", "ave", "uncond", "cfg", "none")     # Sec. 2.5; none: no cache
 SHIPPED = {}                   # weights of a method, if not weights.pt
-WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of them in which it falls
+WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of all, in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
@@ -56,11 +56,11 @@ CONFIG = {
         "n":          (64, (1, 10 ** 7), "images of --sample"),
     },
     "network": {
-        "res":        (32, (4, 1024), "side R to which a folder's images are reduced"),
+        "res":        (32, (4, 1024), "side R to which a folder's images are resized"),
         "ch":         (32, (4, 1024), "base width"),
         "mult":       ([1, 2, 4], (1, 64), "width of each level, in base widths"),
         "blocks":     (1, (1, 16), "residual blocks per level"),
-        "attention":  ([2], (-1, 16), "levels with attention; -1: none"),
+        "attention":  ([2], (-1, 16), "levels with attention beside the bottom; -1: none"),
         "patch":      (1, (1, 8), "pixels per side that are folded into channels"),
     },
     "training": {
@@ -215,17 +215,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
-    def __init__(self, channels, skips, ch, mult, blocks, attention, patch):
+    def __init__(self, channels, widths, ch, mult, blocks, attention, patch):
         super().__init__()
         groups, c_emb = min(32, ch // 4), 4 * ch
         self.patch = patch
-        c, skips, self.up = skips[-1], list(skips), nn.ModuleList()
+        c, widths, self.up = widths[-1], list(widths), nn.ModuleList()
         for level, m in reversed(list(enumerate(mult))):
             for block in range(blocks + 1):
                 attend = [Attention(ch * m, groups)] if level in attention else []
                 attend += [CrossAttention(ch * m, groups) for _ in attend]     # METHOD
                 rise = [up(ch * m)] if level > 0 and block == blocks else []
-                self.up.append(nn.ModuleList([ResBlock(c + skips.pop(), ch * m, c_emb, groups), *attend, *rise]))
+                self.up.append(nn.ModuleList([ResBlock(c + widths.pop(), ch * m, c_emb, groups), *attend, *rise]))
                 c = ch * m
         self.norm_out, self.conv_out = nn.GroupNorm(groups, c, eps=1e-6), nn.Conv2d(c, channels * patch ** 2, 3, 1, 1)
 
@@ -239,8 +239,7 @@ class Decoder(nn.Module):
 
 class UNet(nn.Module):
     """x0_hat (B, C, H, W) from xt (B, C, H, W), t (B,), text (B, L). Fully convolutional: H and W are any multiples of
-    patch * 2^(levels - 1). Attention is tied to levels, not to sizes, so that the same weights run at every
-    resolution."""
+    patch * 2^(levels - 1). Attention is tied to levels, not sizes: the same weights run at every resolution."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch, words):           # METHOD
         super().__init__()
@@ -268,7 +267,7 @@ def build_net(config):
 
 
 # ---------------------------------------------------------------------------------------------
-# Method: hybrid caching (Sec. 2.5), from one resolution to the other (Sec. 2.2), one step each
+# Method: hybrid caching (Sec. 2.5), switch of resolution (Sec. 2.2), one step each
 # ---------------------------------------------------------------------------------------------
 EMPTY = dict(size=None, age=0, deep=None, cross={}, frozen={})
 
@@ -313,12 +312,12 @@ def switch_resolution(x0_hat, eps, t, alpha_bar):
 # Data and loss
 # ---------------------------------------------------------------------------------------------
 def words_of(text):
-    """The words of a caption or prompt: "Rainbow Flag!" -> ["rainbow", "flag"]."""
+    """The words of a text: "Rainbow Flag!" -> ["rainbow", "flag"]."""
     return re.findall(r"[^\W_]+", text.lower().replace("'", ""))
 
 
 def encode(captions, words):
-    """Captions -> word numbers (N, WORDS), 1 for words[0], 0 for padding; and the words that had to be left out."""
+    """Captions -> word numbers (N, WORDS), 1 for words[0], 0 for padding; and the words left out."""
     number, rows, left_out = {word: i for i, word in enumerate(words, 1)}, [], []
     for caption in captions:
         known = [word for word in words_of(caption) if word in number]
@@ -339,6 +338,8 @@ def load_data(config):
     words (of --init, if given) in config."""
     x, y, captions = load_images(config["data"], config["res"])
     check_config(config)
+    if config.get("search") or config.get("sample"):           # after this training
+        check_options(config)
     if x.shape[-1] % (R := config["res"]):
         raise ValueError(f"--res {R} must divide {x.shape[-1]}")
     x = F.avg_pool2d(x.float(), x.shape[-1] // R).round().to(torch.uint8)
@@ -358,7 +359,7 @@ def draw_batch(config, x, y, step):
     B, first, last = config["batch"], 0, T
     i = torch.randint(0, len(x), (B,))
     x0, (text, _) = to_float(x[i]), encode([config["captions"][c] for c in y[i].tolist()], config["words"])
-    text[torch.rand(B) < DROP] = 0                             # METHOD: for guidance (D14)
+    text[torch.rand(B) < DROP] = 0                             # METHOD
     if config["low_share"]:                                    # METHOD: App. F, a fixed schedule (D12)
         low, edge = torch.rand(()) < config["low_share"], T - share_of(config["low_share"], T)
         x0, first, last = (F.avg_pool2d(x0, 2), edge, T) if low else (x0, 0, edge)
@@ -410,7 +411,7 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
 
     net, text, null, w: see cached_eps. noise (B, C, R, R): the start, or with n_low > 0 what is added at the switch;
     low_noise (B, C, r, r): the start then. taus: strictly descending steps in 0 .. T - 1, all evaluated, then t = -1.
-    k, depth: a full pass at every k-th step, else depth + 1 outer stages (D5). n_guided: steps with guidance, the
+    k, depth: every k-th step a full pass (D6), else depth + 1 outer stages (D5). n_guided: steps with guidance, the
     first ones (None: all); then cross-attentions are frozen by `choice` ("none": not). order: 1 DDIM, 2 DPM-Solver++
     2M. trace(i, xt, x0_hat, cache): called after each evaluation. n_low=0, k=1, n_guided=None: plain classifier-free
     guidance. Raises ValueError if a number does not fit."""
@@ -418,7 +419,7 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
     if any(a <= b for a, b in zip([len(alpha_bar) - 1, *taus], [*taus, -1])):
         raise ValueError(f"the steps must fall strictly, in {len(alpha_bar) - 2} .. 0: {taus}")
     if not (0 <= n_low < K and 0 <= n_guided <= K and k >= 1 and k == int(k) and choice in CHOICES):
-        raise ValueError(f"n_low {n_low}, n_guided {n_guided}, k {k} or choice {choice} does not fit {K} steps")
+        raise ValueError(f"n_low {n_low} (--s), n_guided {n_guided}, k {k} or choice {choice} does not fit {K} steps")
     if alpha_bar[-1] != 1 or (n_low and low_noise is None):
         raise ValueError("alpha_bar must end in 1 (linear_alpha_bar), n_low > 0 needs low_noise")
     xt, history, cache = low_noise if n_low else noise, [], EMPTY
@@ -440,7 +441,7 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
 
 
 def uniform_steps(first, K):
-    """K descending steps from `first` down, trailing: first + 1 divided by K, from above (D1)."""
+    """K descending steps from `first` down, trailing: multiples of (first + 1) / K, less 1 (D1)."""
     return [int((first + 1) * (K - k) / K - 0.5) for k in range(K)]
 
 
@@ -536,13 +537,13 @@ def search(net, config, device):
         return count_macs(lambda: generate(meta, dict(config, precision="fp32"), plan, [0], "meta"))
 
     def score(plan):
-        x = sample(net, config, plan, seeds, device)           # enlarged to the extractor's size
+        x = sample(net, config, plan, seeds, device)
         x = F.interpolate(x.float(), size=32 * extractor.patch, mode="bilinear").round().to(torch.uint8)
         return caption_score(extractor, extract(extractor, x)[1], captions_of(config, seeds))
 
     full = macs(plan_of(dict(config, method="base", steps=REFERENCE_STEPS)))
     plans = [plan_of(dict(config, steps=K, s=s)) for K in STEPS for s in SHARES]
-    plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]    # base and cache have no s
+    plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
     plan, tried = calibrate(plans, lambda plan: macs(plan) / full, score, BUDGET)
     for found, cost, value in tried:
         print(f"{100 * cost:.1f} % of the MACs, caption score[{name}] {value:.4f}: {describe(found)}")

@@ -28,7 +28,8 @@ import experiments  # noqa: E402
 import report  # noqa: E402
 
 SCRIPTS = ("c2f_trd", "lowdiff", "multistage", "postdiff")
-SHIPPED = {"c2f_trd": {"base": "", "weights": "--low 8"}, "lowdiff": {"edm": "--stages 32", "weights": ""},
+SHIPPED = {"c2f_trd": {"base": "", "weights": "--low 8"},
+           "lowdiff": {"edm": "--stages 32", "weights": "", "two": "--stages 16 32"},
            "multistage": {"unified": "--widths 8", "weights": ""}, "postdiff": {"weights": ""}}
 VARIANTS = ("c2f_trd_strategies", "lowdiff_cdm", "lowdiff_latent", "multistage_separate", "multistage_edm",
             "multistage_latent", "postdiff_lcm", "postdiff_dit")

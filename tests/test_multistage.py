@@ -359,9 +359,9 @@ def test_algorithm2_by_brute_force(garments, method, n):
 
 
 @pytest.mark.parametrize("data, words", [
-    (torch.zeros(9, 1, 8, 8, dtype=torch.uint8), "float images"), (torch.full((9, 1, 8, 8), 255.0), "float images"),
-    (torch.full((9, 1, 8, 8), math.nan), "float images"), (torch.zeros(9, 1, 8, 8, dtype=torch.int64), "float images"),
-    ((torch.arange(576.0) / 576).view(9, 1, 8, 8), "0.0 .. 0.99.*float images in .-1, 1"),       # of ToTensor
+    (torch.zeros(9, 1, 8, 8, dtype=torch.uint8), "floats in .-1, 1"), (torch.full((9, 1, 8, 8), 255.0), "floats in .-1, 1"),
+    (torch.full((9, 1, 8, 8), math.nan), "floats in .-1, 1"), (torch.zeros(9, 1, 8, 8, dtype=torch.int64), "floats in .-1, 1"),
+    ((torch.arange(576.0) / 576).view(9, 1, 8, 8), "0.0 .. 0.99.*floats in .-1, 1., not .0, 1"),       # of ToTensor
     (torch.full((1, 1, 8, 8), -1.0), "at least two images")])
 @pytest.mark.parametrize("method", ["optimal", "optimal2"])
 def test_data_that_cannot_be_clustered(data, words, method):

@@ -78,8 +78,6 @@ def preview(net, config, device):
 def make_plan(net, config, device):
     """What is run: Heun's steps, the sigma of each evaluation and how many there are in each stage, from a run of the
     sampler."""
-    if config["given"] & {"stages", "images"} and not config["search"]:
-        raise ValueError("--stages and --images go with --search")
     seen, edges = [], config["edges"]
     heun_sample(lambda xt, sigma: (seen.append(sigma), xt)[1], torch.zeros(1, 1, 1, 1),
                 noise_levels(config["steps"], *SIGMA_RANGE))
@@ -96,8 +94,7 @@ def describe(plan):
 
 script.__doc__, script.SCRIPT = __doc__, "multistage_edm"
 script.CONFIG["run"]["out"] = ("runs/multistage_edm", *script.CONFIG["run"]["out"][1:])
-script.CONFIG["method"] = {"steps": (18, (1, 10_000), "Heun steps, two evaluations each but the last"),
-                           **{k: script.CONFIG["method"][k] for k in ("stages", "images")}}
+script.CONFIG["method"] = {"steps": (18, (1, 10_000), "Heun steps, two evaluations each but the last")}
 for function in (draw_batch, training_loss, generate, preview, make_plan, describe):
     setattr(script, function.__name__, function)
 

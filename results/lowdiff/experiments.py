@@ -19,19 +19,16 @@ from common import load_images, noise_for, save_grid, to_float  # noqa: E402
 from evaluate import cost_of, measure_speed  # noqa: E402
 
 S = "lowdiff"
-EDM, WEIGHTS = (f"--checkpoint weights/lowdiff/{name}.pt" for name in ("edm", "weights"))
+EDM, WEIGHTS, TWO = (f"--checkpoint weights/lowdiff/{name}.pt" for name in ("edm", "weights", "two"))
 OURS = f"{WEIGHTS} --steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3"        # D23
 NET = "--data fashion --batch 256 --ch 48 --mult 1 1 1"
+THIRD = 9.34e13                        # forward MACs: a third of what trained the shipped networks
+QUICK = dict(n=1000, seeds=1)          # of tables with many rows
 
 
 def run(name, options, script=S, macs=ABLATION, net=NET):
     """--checkpoint of a network of a fifth of the training, trained now if need be."""
     return f"--checkpoint {trained(script, f'lowdiff-{name}', f'{net} {options}', macs)}"
-
-
-def two():
-    """The two-stage network of the ablations, with labels."""
-    return run("two", "--stages 16 32")
 
 
 def facts(net, config, plan, device=None):
@@ -83,7 +80,7 @@ def table5():
     """Tables 1 and 5: images/s beside EDM, in turn; effective NFE by the clock; MACs of sampling and of training."""
     module, *edm, device = opened(S, EDM)
     train = training_macs(module, edm[1])
-    for arm, argv in (("LowDiff 8-16-32", WEIGHTS), ("LowDiff 16-32", two())):
+    for arm, argv in (("LowDiff 8-16-32", WEIGHTS), ("LowDiff 16-32", TWO)):
         _, net, config, plan, _ = opened(S, argv)
         speed, macs = measure_speed(module, (net, config, plan), edm, device), cost_of(module, config, plan)
         note(S, "table5", arm, {
@@ -131,27 +128,25 @@ def ranges(*pairs):
 
 def table10():
     """Table 10: the noise range of the first stage and of the conditioned one."""
-    argv = two()
     for first, other in ((low.SIGMA_RANGE, low.COND_RANGE), (low.COND_RANGE, low.COND_RANGE),
                          (low.SIGMA_RANGE, low.SIGMA_RANGE), (low.SIGMA_RANGE, (0.002, 20.0)),
                          (low.SIGMA_RANGE, (0.002, 15.0))):
-        record(S, "table10", argv, f"first {first}, then {other}", change=ranges(first, other))
+        record(S, "table10", TWO, f"first {first}, then {other}", change=ranges(first, other), **QUICK)
 
 
 def table11():
     """Table 11: FD against the truncation point of the stage before the last."""
     for arm, argv, counts, options in (
-            ("16-32", two(), (11, 13, 15, 17, 18, 19, 20, 21, 23, 25, 27), "--steps 18 9 --truncate {}"),
-            ("8-16-32", WEIGHTS, (5, 7, 9, 11, 12, 13, 14, 15, 17, 19, 21), "--steps 18 12 9 --truncate 18 {}")):
+            ("16-32", TWO, (13, 17, 19, 21, 25), "--steps 18 9 --truncate {}"),
+            ("8-16-32", WEIGHTS, (7, 11, 13, 15, 19), "--steps 18 12 9 --truncate 18 {}")):
         for K in counts:
-            record(S, "table11", f"{argv} {options.format(K)}", f"{arm}, K = {K}", seeds=1, cells=facts)
+            record(S, "table11", f"{argv} {options.format(K)}", f"{arm}, K = {K}", cells=facts, **QUICK)
 
 
 def table12():
     """Table 12: the steps of the first stage, at about the same truncation level."""
-    argv = two()
     for N, K in ((14, 15), (18, 19), (23, 25)):
-        record(S, "table12", f"{argv} --steps {N} 9 --truncate {K}", f"N = {N}, K = {K}", cells=facts)
+        record(S, "table12", f"{TWO} --steps {N} 9 --truncate {K}", f"N = {N}, K = {K}", cells=facts, **QUICK)
 
 
 def given_real(level):
@@ -176,16 +171,13 @@ def given_real(level):
 
 def where():
     """Which stage loses what: more steps of either; conditions of real images in place of the first stage's."""
-    edm, pair, cdm = run("edm", "--stages 32"), two(), run("cdm", "--stages 16 32", "lowdiff_cdm")
-    for arm, argv in (("EDM", edm), ("EDM, half the steps", f"{edm} --steps 9"), ("LowDiff 16-32", pair),
-                      ("LowDiff, twice the steps at 32x32", f"{pair} --steps 18 18 --truncate 19"),
-                      ("LowDiff, first stage to its end", f"{pair} --steps 18 9 --truncate 35")):
-        record(S, "where", argv, arm, cells=facts)
-    for script, name, argv in ((S, "LowDiff", pair), ("lowdiff_cdm", "CDM", cdm)):
-        for level in (round(low.stops_of(low.paper_plan([16, 32]))[0], 3), 0.14, 0.01):
-            with mock.patch.object(load_script(script), "generate", given_real(level)):
-                record(script, "where", argv, f"{name}, real images with noise {level}",
-                       change=lambda plan: dict(plan, condition=level), cells={"NFE": "17"})
+    for arm, argv in (("LowDiff 16-32", TWO), ("twice the steps at 32x32", f"{TWO} --steps 18 18 --truncate 19"),
+                      ("first stage to its end", f"{TWO} --steps 18 9 --truncate 35")):
+        record(S, "where", argv, arm, cells=facts, **QUICK)
+    for level in (round(low.stops_of(low.paper_plan([16, 32]))[0], 3), 0.14, 0.01):
+        with mock.patch.object(low, "generate", given_real(level)):
+            record(S, "where", TWO, f"real images with noise {level}",
+                   change=lambda plan: dict(plan, condition=level), cells={"NFE": "17"}, **QUICK)
 
 
 def last_range(sigma_min, sigma_max):
@@ -207,12 +199,11 @@ def last():
 def quieter():
     """D3, a remedy: two stages trained for conditions of less noise, which the first stage then hands on; each with the
     paper's noise range of the last stage, and with a narrower one. A third of the training of the shipped networks."""
-    for name, level, options, plan in (("two-short", "1.09", "", "--truncate 19"),
-                                       ("two-quiet", ".14", "--s-mean -1.97", "--truncate 25")):
-        argv = run(name, f"--stages 16 32 {options}", macs=9.34e13)
+    quiet = run("two-quiet", "--stages 16 32 --s-mean -1.97", macs=THIRD)
+    for argv, level, K in ((TWO, "1.09", 19), (quiet, ".14", 25)):
         for bottom, top in ((0.01, 50.0), (0.2, 32.0)):
-            record(S, "quieter", f"{argv} --steps 18 9 {plan}", f"noise of {level}, then {top:g} to {bottom:g}",
-                   change=last_range(bottom, top), cells=facts)
+            record(S, "quieter", f"{argv} --steps 18 9 --truncate {K}", f"noise of {level}, then {top:g} to {bottom:g}",
+                   change=last_range(bottom, top), cells=facts, **QUICK)
 
 
 def opinion():
@@ -226,7 +217,7 @@ def opinion():
 def choices():
     """D3: the distribution of the condition's noise level in training: deviation, and EDM's own."""
     for name, key, options in (
-            ("deviation .3 (default)", "two", ""), ("deviation .15", "two-15", "--s-std 0.15"),
+            ("deviation .3 (default)", "two-3", ""), ("deviation .15", "two-15", "--s-std 0.15"),
             ("deviation .6", "two-6", "--s-std 0.6"), ("EDM's", "two-edm", "--s-mean -1.2 --s-std 1.2")):
         record(S, "choices", run(key, f"--stages 16 32 {options}"), name)
 

@@ -595,6 +595,7 @@ GROUPS = {
                  "batch": (8, (1, 100), "a step"), "lr": (1e-3, (1e-9, 1), "rate"), "iters": (10, (1, 1000), "steps"),
                  "save_every": (5, (1, 1000), "steps")},
     "method": {"solver": ("dpm2", ("ddim", "dpm2"), "solver"), "steps": (5, (1, 1000), "steps")},
+    "search": {"images": ("", None, "to search in")},
 }
 CPU = torch.device("cpu")
 
@@ -680,6 +681,10 @@ def test_resume_is_with_the_configuration_of_the_run(tmp_path):
         [16, 0.01, 4, 3, 7, 10, "fp32"]
     config, _ = begin(f"--train --resume --out {tmp_path} --lr 0.001 --iters 20 --save-every 9 --data emoji")
     assert [config[k] for k in ("ch", "lr", "iters", "save_every", "data")] == [16, 0.001, 20, 9, "emoji"]
+    config, _ = begin(f"--train --sample --solver ddim --out {tmp_path / 'b'} --precision fp32")
+    save(config)
+    config, _ = begin(f"--train --resume --sample --steps 7 --out {tmp_path / 'b'}")
+    assert (config["solver"], config["steps"]) == ("dpm2", 7)  # sampling is this command line's, not the run's
     with pytest.raises(ValueError, match="finished, 5 steps.*--iters") as error:
         begin(f"--train --resume --out {tmp_path} --iters 5")
     one_line(error)
@@ -773,6 +778,7 @@ def test_parse_config():
     ("--sample --seed 1" + 30 * "0", "--seed.*0 .. 1e.12"), ("--sample --seed -1", "--seed"),
     ("--sample --ch 16", "--ch goes with --train"), ("--search --lr 0.1", "--lr goes with --train"),
     ("--train --steps 5", "--steps goes with --search or --sample"),
+    ("--train --sample --images a", "--images goes with --search"),
     ("--train --resume --ch 16", "--ch cannot change"), ("--train --resume --batch 16", "--batch cannot change"),
     ("--train --resume --init a.pt", "--init cannot change"), ("--train --resume --mult 1", "--mult cannot change"),
     ("--train --resume --seed 5", "--seed cannot change"),

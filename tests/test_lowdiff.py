@@ -648,11 +648,12 @@ def test_make_plan_finds_what_was_searched(tmp_path):
 
 def test_search_takes_the_lowest_fd(tmp_path, monkeypatch):
     """Stage by stage, each K against the best of the stages below: with a sampler whose FD is known."""
-    config = config_of(out=str(tmp_path), checkpoint="", step=3, data="fashion10k")
+    config = config_of(out=str(tmp_path), checkpoint="", step=3, data="fashion10k", classes=[2], labels=1)
     best, tried = [20, 11], []
 
     def sample(net, config, plan, seeds, device):
         tried.append(plan["evaluations"])
+        assert config["classes"] == [-1]                       # whatever is sampled afterwards
         assert len(seeds) == c.SEARCH_N == 1000
         far = sum(abs(a - b) for a, b in zip(plan["evaluations"], best))
         return torch.full((len(seeds), 1, 32, 32), far, dtype=torch.uint8)
@@ -667,6 +668,23 @@ def test_search_takes_the_lowest_fd(tmp_path, monkeypatch):
     assert len(plan["searched"]) == 14 and min(row["fd"] for row in plan["searched"]) == 0
     with pytest.raises(ValueError, match="one stage"):
         c.search(None, config_of(stages=[32]), "cpu")
+    with pytest.raises(ValueError, match="--labels"):
+        c.search(None, config_of(classes=[1], labels=0), "cpu")
+
+
+def test_search_compares_with_all_classes(tmp_path, monkeypatch):
+    """A folder's images come class by class: those that are compared with are spread over all of them."""
+    x, seen = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 1, 32, 32), []
+    monkeypatch.setattr(c, "load_images", lambda name, res: (x, None, None))
+    monkeypatch.setattr(c, "extract", lambda extractor, x: (seen.append(x[:, 0, 0, 0].tolist()), None))
+    monkeypatch.setattr(c, "feature_stats", lambda features: None)
+    monkeypatch.setattr(c, "frechet_distance", lambda reference, other: 0.0)
+    monkeypatch.setattr(c, "sample", lambda *args: x[:2])
+    for most, step in ((60, 1), (50, 1), (20, 3)):
+        monkeypatch.setattr(c, "REFERENCE_N", most)
+        c.search(None, config_of(out=str(tmp_path), checkpoint="", step=3, data="fashion10k"), "cpu")
+        assert seen[0] == list(range(0, 50, step)) and len(seen[0]) <= most
+        seen.clear()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -98,6 +99,25 @@ def transition():
     for t in (0, *c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS)[5:95:9]):
         record(S, "transition", command("c2f", "ddim", 20, f"--low-steps 20 --t-star {t}"), f"t* = {t or 'PCA'}",
                cells=lambda net, config, plan, device: {"t*": plan["t_star"]}, **QUICK)
+
+
+def high():
+    """Where C2F falls short of 100-step DDIM: the fine-tuned network or the 8x8 stage; an earlier or a later t*."""
+    base, model_of, K = opened(S, f"{BASE} --method base")[1], c2f.model_of, 10
+
+    def base_above(net, config, label=None):                   # at full resolution, in place of the fine-tuned one
+        return model_of(base, config) if label == 1 else model_of(net, config, label)
+
+    best = f"--start best --steps {K}"
+    record(S, "high", f"{BASE} --method base {best}", f"base alone, {K} steps", **QUICK)
+    record(S, "high", f"{WEIGHTS} {COARSE} {best}", f"fine-tuned alone, {K} steps", **QUICK, change=lambda plan: dict(
+        plan, low_taus=[], high_taus=opened(S, f"{BASE} --method base {best}")[3]["high_taus"]))
+    for low_steps, t in ((10, 525), (20, 525), (20, 706), (20, 850)):
+        argv = f"{WEIGHTS} --method c2f --start best --t-star {t} --low-steps {low_steps} --steps {K}"
+        record(S, "high", argv, f"C2F, t* {t}, {low_steps} + {K} steps", **QUICK)
+        with mock.patch.object(c2f, "model_of", base_above):
+            record(S, "high", argv, f"C2F, t* {t}, {low_steps} + {K} steps, the base model above",
+                   change=lambda plan: dict(plan, high="base"), **QUICK)
 
 
 def label16():
@@ -205,7 +225,7 @@ def samples():
     grid(S, "rows", [command("base", "ddim", 100), *fast, command("base", "dpm2", STEPS + 1, "--start best")])
 
 
-FUNCTIONS = (headline, opinion, steps, starts, transition, ranks, strategies, classes, speed, samples)
+FUNCTIONS = (headline, opinion, steps, high, starts, transition, ranks, strategies, classes, speed, samples)
 
 if __name__ == "__main__":
     start(FUNCTIONS)

@@ -114,7 +114,7 @@ def transition():
 def high():
     """Where C2F falls short of 100-step DDIM: the fine-tuned network or the 8x8 stage; an earlier t*. With the MACs of
     the headline, and with more."""
-    for K, first in ((STEPS + 1, "inclusive"), (2 * STEPS, "best")):
+    for K, first in ((STEPS + 1, "inclusive"), (2 * STEPS, "best"), (2 * STEPS + 1, "best")):
         options = f"--start {first} --steps {K}"
         argv, change = alone(f"--start {first}", first, K)
         record(S, "high", f"{BASE} --method base {options}", f"base alone, {K} steps", **QUICK)

@@ -358,9 +358,12 @@ def test_algorithm2_by_brute_force(garments, method, n):
     assert t == pytest.approx([*(0.001 + 0.05 * k for k in range(20)), 1]) and plan["samples"] == 10
 
 
+FLOATS = "floats in .-1, 1"
+
+
 @pytest.mark.parametrize("data, words", [
-    (torch.zeros(9, 1, 8, 8, dtype=torch.uint8), "floats in .-1, 1"), (torch.full((9, 1, 8, 8), 255.0), "floats in .-1, 1"),
-    (torch.full((9, 1, 8, 8), math.nan), "floats in .-1, 1"), (torch.zeros(9, 1, 8, 8, dtype=torch.int64), "floats in .-1, 1"),
+    (torch.zeros(9, 1, 8, 8, dtype=torch.uint8), FLOATS), (torch.full((9, 1, 8, 8), 255.0), FLOATS),
+    (torch.full((9, 1, 8, 8), math.nan), FLOATS), (torch.zeros(9, 1, 8, 8, dtype=torch.int64), FLOATS),
     ((torch.arange(576.0) / 576).view(9, 1, 8, 8), "0.0 .. 0.99.*floats in .-1, 1., not .0, 1"),       # of ToTensor
     (torch.full((1, 1, 8, 8), -1.0), "at least two images")])
 @pytest.mark.parametrize("method", ["optimal", "optimal2"])

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments import (ABLATION, folder_of, load_script, note, opened, parameters, record, start, timed,  # noqa: E402
-                         trained, training_macs)
+from experiments import (ABLATION, folder_of, note, opened, parameters, record, start, timed, trained,  # noqa: E402
+                         training_macs)
 import lowdiff as low  # noqa: E402
 from common import load_images, noise_for, save_grid, to_float  # noqa: E402
 from evaluate import cost_of, measure_speed  # noqa: E402

@@ -251,8 +251,8 @@ def check_config(config):
     """Raises ValueError if the sizes in config do not fit each other."""
     R, low, multiple = config["res"], config["low"] or config["res"], config["patch"] * 2 ** (len(config["mult"]) - 1)
     if R % low or low % multiple or low == R and config["low"]:
-        raise ValueError(f"the resolution {R} and --low {config['low'] or ''} must be multiples of {multiple} (--mult, "
-                         "--patch), the one of the other, --low the smaller")
+        told = f" and --low {low}, a smaller divisor of it," if config["low"] else ""
+        raise ValueError(f"the resolution {R}{told} must be multiples of {multiple} (--mult, --patch)")
 
 
 def load_data(config):

@@ -51,7 +51,7 @@ def parse_config(script, groups, doc, argv=None):
     """The command line as a dict {option: value}, with `given`, the set of options that it names.
 
     groups: a script's CONFIG, {group: {option: (default, allowed, help)}}; the default decides the type; allowed: a
-    tuple of words, or the lowest and the highest number. A group goes with actions: GOES_WITH. Raises ValueError."""
+    tuple of words, or the lowest and the highest number. Groups go with GOES_WITH's actions. Raises ValueError."""
     parser = argparse.ArgumentParser(script, description=" ".join(doc.split("\n\n")[0].split()), allow_abbrev=False,
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 118))
 
@@ -78,7 +78,8 @@ def parse_config(script, groups, doc, argv=None):
             fail(error)
         actions = GOES_WITH.get(group, ())
         if actions and not any(config[action] for action in actions):
-            fail(f"{option} goes with --{' or --'.join(actions)}{': a checkpoint has its own' * ('train' in actions)}")
+            own = ": a checkpoint has its own" if "train" in actions else ""
+            fail(f"{option} goes with --{' or --'.join(actions)}{own}")
         if config["resume"] and (group in ("network", "training") and key not in CHANGEABLE or key == "seed"):
             fail(f"{option} cannot change in a run: leave it out beside --resume, or train anew")
     if not (config["train"] or config["search"] or config["sample"]):
@@ -357,7 +358,7 @@ def gather(part, world):
 
 
 def has_fast_bf16(device):
-    """Does bfloat16 arithmetic run in hardware? (Emulated it is ten times slower.)"""
+    """Does bfloat16 run in hardware? (Emulated: ten times slower.)"""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -381,7 +382,7 @@ class LossModule(nn.Module):
 
 
 def progress(items, title, unit=1, every=15.0, note=lambda: ""):
-    """Yields from the sequence `items`; prints rate and time left to stderr: one line that renews
+    """Yields `items`, a sequence; prints rate and time left to stderr: one line that renews
     itself on a terminal, a line every `every` seconds in a log. unit: images per item;
     note: called for each line."""
     tty, total, start = sys.stderr.isatty(), len(items), time.time()

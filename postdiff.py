@@ -38,8 +38,8 @@ T = 1000                       # diffusion steps; linear beta 1e-4 .. 0.02 (DDPM
 WORDS, C_TEXT = 12, 64         # words of a caption; width of the text's features (D14)
 DROP = 0.1                     # share of captions replaced by the null text, for guidance (D14)
 BUDGET, REFERENCE_STEPS = 0.4, 20                      # calibration: share of 20 steps' MACs (D10)
-STEPS, SHARES = (6, 8, 12, 16, 20), (0, 0.25, 0.5)     # tried: K, s
-CALIBRATION, CALIBRATION_SEED = 250, 10 ** 9           # its images; far from usual seeds
+STEPS, SHARES = (6, 8, 12, 16, 20), (0, 0.25, 0.5)     # tried: K, s (but for base, cache)
+CALIBRATION, CALIBRATION_SEED = 250, 10 ** 9           # its images, first seed
 ORDER = {"ddim": 1, "dpm2": 2}                         # of the solvers; dpm2: DPM-Solver++ 2M
 CHOICES = ("cond", "ave", "uncond", "cfg", "none")     # Sec. 2.5; none: no cache
 SHIPPED = {}                   # weights of a method, if not weights.pt
@@ -492,7 +492,7 @@ def calibrate(plans, cost, score, budget):
     tried = [(plan, cost(plan)) for plan in plans]
     tried = [(plan, c, score(plan)) for plan, c in tried if c <= budget]
     if not tried:
-        raise ValueError(f"no setting is within the budget of {budget}")
+        raise ValueError(f"no setting is within {budget}")
     return max(tried, key=lambda row: (row[2], -row[1]))[0], tried
 
 

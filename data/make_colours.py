@@ -4,8 +4,9 @@
     python postdiff.py --train --data runs/colours --init weights/postdiff/weights.pt --lr 5e-4 --out runs/coloured
 
 runs/colours/CAPTION/*.png: each emoji as it is, REPEATS times, and, if most of what is coloured in it has one hue, in
-the other hues, captioned "blue mushroom"; a colour that a caption names is replaced. Flags and lettered signs stay as
-they are. UNSEEN captions are never made: what a network draws for them it has put together itself.
+the other hues, captioned "blue mushroom"; a colour that a caption names is replaced. Flags, lettered signs and what is
+black, white, brown or pink by name (SKIPPED) stay as they are. UNSEEN captions are never made: what a network draws
+for them it has put together itself.
 """
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from common import load_images  # noqa: E402
 
 HUES = dict(red=0, orange=28, yellow=50, green=115, blue=215, purple=280)      # degrees
 REPEATS = 4
-LETTERED = {"flag", "squared", "cjk", "keycap", "black", "white", "brown", "pink", "rainbow"}
+SKIPPED = {"flag", "squared", "cjk", "keycap", "black", "white", "brown", "pink", "rainbow"}
 UNSEEN = {
     "yellow apple", "blue apple", "purple apple", "orange apple", "red book", "yellow book", "purple book",
     "large red diamond", "large green diamond", "large purple diamond", "large yellow diamond", "blue mushroom",
@@ -52,17 +53,17 @@ def recolour(image, hue):
     """The image with its dominant hue, and what lies within 60 degrees of it, turned to another; greys stay."""
     h, s, _ = hsv_of(image)
     turn = apart(h, dominant(image)[0])
-    pixels = np.asarray(Image.fromarray(image).convert("HSV")).copy()
+    old, *rest = Image.fromarray(image).convert("HSV").split()
     moved = (abs(turn) < 60) & (s > 0.1)
-    pixels[..., 0] = np.where(moved, np.round((hue + turn / 2) % 360 * 255 / 360), pixels[..., 0])
-    return np.asarray(Image.fromarray(pixels, "HSV").convert("RGB"))
+    new = np.where(moved, np.round((hue + turn / 2) % 360 * 255 / 360), old).astype(np.uint8)
+    return np.asarray(Image.merge("HSV", [Image.fromarray(new), *rest]).convert("RGB"))
 
 
 def copies(image, caption, captions):
     """Caption and image of each copy in another colour of an emoji."""
     words = caption.split()
     named = [word for word in words if word in HUES]
-    if dominant(image)[1] < 0.06 or LETTERED & set(words) and not named or len(named) > 1 or len(words) > 8:
+    if dominant(image)[1] < 0.06 or SKIPPED & set(words) and not named or len(named) > 1 or len(words) > 8:
         return
     for name, hue in HUES.items():
         new = caption.replace(named[0], name) if named else f"{name} {caption}"

@@ -202,8 +202,9 @@ def test_sizes_that_do_not_divide(monkeypatch, res, low, changes):
         return torch.zeros(4, 1, res, res, dtype=torch.uint8), torch.zeros(4).long(), [""]
 
     monkeypatch.setattr(c, "load_images", load_images)
-    with pytest.raises(ValueError, match=f"{res}.*--low.*multiple") as error:
+    with pytest.raises(ValueError, match=f"{res}.*multiple") as error:
         c.load_data(dict(TINY, data="folder", low=low, **changes))
+    assert (f"--low {low}," in str(error.value)) == ("--low" in str(error.value)) == bool(low)   # named if it was given
     assert "\n" not in str(error.value)
     config = dict(TINY, data="folder", low=8, res=1)
     res = 16

@@ -500,8 +500,8 @@ UNUSED = [("c2f_trd", "--sample --method base --low-steps 5", "--low-steps"),
           ("postdiff", "--sample --method cache --beta 0.5", "--beta"), ("postdiff", "--search --steps 9", "--search"),
           ("postdiff", "--search --s 0.2", "--search"), ("postdiff", "--sample --steps 0 --s 0.2", "--search"),
           ("postdiff", "--sample --n 1 --prompt cat dog", "--n 1"), ("multistage", "--sample --stages 4", "--search"),
-          ("postdiff", "--train --sample --method base --beta 0.5", "--beta"),         # before the training
-          ("multistage", "--train --sample --images emoji", "--search"),
+          ("postdiff", "--train --iters 1 --sample --method base --beta 0.5", "--beta"),         # before the training
+          ("multistage", "--train --iters 1 --sample --images emoji", "--search"),
           *((name, "--search --n 5", "--n goes with --sample") for name in SCRIPTS)]
 
 

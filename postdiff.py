@@ -492,7 +492,7 @@ def calibrate(plans, cost, score, budget):
     tried = [(plan, cost(plan)) for plan in plans]
     tried = [(plan, c, score(plan)) for plan, c in tried if c <= budget]
     if not tried:
-        raise ValueError(f"no setting is within {budget}")
+        raise ValueError(f"no setting is within budget {budget}")
     return max(tried, key=lambda row: (row[2], -row[1]))[0], tried
 
 

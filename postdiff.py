@@ -360,8 +360,8 @@ def draw_batch(config, x, y, step):
     i = torch.randint(0, len(x), (B,))
     x0, (text, _) = to_float(x[i]), encode([config["captions"][c] for c in y[i].tolist()], config["words"])
     text[torch.rand(B) < DROP] = 0                             # METHOD
-    if config["low_share"]:                                    # METHOD: App. F, a fixed schedule (D12)
-        low, edge = torch.rand(()) < config["low_share"], T - share_of(config["low_share"], T)
+    if s := config["low_share"]:                               # METHOD: App. F, a fixed schedule (D12)
+        low, edge = torch.rand(()) < s, T - max(1, share_of(s, T))
         x0, first, last = (F.avg_pool2d(x0, 2), edge, T) if low else (x0, 0, edge)
     return x0, torch.randint(first, last, (B,)), torch.randn_like(x0), text
 

@@ -54,7 +54,8 @@ def edm():
 
 
 def trd():
-    """TRD alone and C2F+TRD, from the paper's steps and from the best usual ones; C2F alone."""
+    """TRD alone and C2F+TRD, from the paper's steps and from the best usual ones; C2F alone; C2F+TRD from an earlier
+    transition than the paper's rule finds, and its network at full resolution alone."""
     for solver, K, first in (("dpm2", 5, "inclusive"), ("dpm2", 5, "best"), ("ddim", 5, "inclusive"),
                              ("dpm2", 10, "best")):
         for method, name in (("trd", "TRD"), ("c2f+trd", "C2F+TRD")):
@@ -65,6 +66,12 @@ def trd():
         if solver == "dpm2" and first == "best":
             line("C2F, 2M, best start", f"C2F, 2M, 10 + {K} steps, best start", "c2f_trd",
                  f"{COARSE} --method c2f --solver {solver} --steps {K} --start best")
+    late = "--method c2f+trd --solver dpm2 --steps 10 --start best --t-star 706"
+    line("C2F+TRD, 2M, from t* 706", "C2F+TRD, 2M, 10 + 10 steps, from t* 706", "c2f_trd", f"{COARSE} {late}")
+    options = "--solver dpm2 --steps 11 --start best"
+    taus = opened("c2f_trd", f"{BASE} --method base {options}")[3]["high_taus"]
+    line("2M, C2F's network", "2M, 11 steps, C2F's network alone", "c2f_trd",
+         f"{COARSE} --method c2f --t-star 706 {options}", change=lambda plan: dict(plan, low_taus=[], high_taus=taus))
 
 
 def lowdiff():
@@ -177,8 +184,9 @@ def combined():
                  argv.format(N), change=lambda plan: dict(plan, sigmas=found))
 
 
-PROMPTS = ("cat face", "Rainbow flag!", "red heart", "slice of pizza", "dog face", "umbrella", "rocket", "japan flag",
-           "clown face", "banana", "money bag", "sunflower", "police car", "ghost", "red apple", "snowman")
+PROMPTS = ("cat face", "Rainbow flag!", "red heart", "slice of pizza", "dog face", "rocket", "japan flag", "clown face",
+           "banana", "police car", "ghost", "snowman",
+           "purple dog", "green umbrella", "blue strawberry", "blue mushroom")     # these four: in no training caption
 GRID = tuple((script, f"{checkpoint} {options}") for script, checkpoint, options in (
     ("c2f_trd", BASE, "--method base --solver ddim --steps 100"),
     ("c2f_trd", BASE, "--method base --solver ddim --steps 5 --start best"),   # a twentieth of its MACs

@@ -138,7 +138,7 @@ def lab(tmp_path, monkeypatch):
         (tmp_path / "results" / script / "results.jsonl").touch()
         stubs = dict(trained=fake_trained, load_images=few_images, HELD_OUT=2, training_macs=lambda module, config: 1e6,
                      sigma_search=lambda denoiser, noise, sigmas, x_ref: sigmas,
-                     PROMPTS=few_images("emoji")[2][:1] * 16,
+                     PROMPTS=few_images("emoji")[2][:1] * 16, PAIRS=few_images("emoji")[2][:1] * 2,
                      cost_of=lambda *_: dict(macs_per_image=1e6),
                      timed=lambda *calls, **_: [(call(), 0.5)[1] for call in calls],
                      measure_speed=lambda *_: dict(images_per_s=2.0, against_images_per_s=1.0, speedup=2.0,

@@ -125,7 +125,8 @@ def fig_shootout(rows, axes):
             ticks = [first * 2 ** i for i in range(6)]
             axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
             axis.set_ticks([], minor=True)
-        ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        if curves:
+            ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return bool(found)
 
 

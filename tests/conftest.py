@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")                # for the processes that tests start, too
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "variants")]           # variants import each other by their bare names
 OTHER = {}                                                   # the process of the other half, and the file of its output
 
 

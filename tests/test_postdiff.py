@@ -592,6 +592,14 @@ def test_batches_of_the_fixed_schedule(emoji):
     assert 0.2 < seen.count(16) / 200 < 0.4
 
 
+def test_smallest_share_of_the_schedule(emoji, monkeypatch):
+    """A share of less than a step still has one: t = T - 1 in the low batches."""
+    config, x, y = emoji
+    monkeypatch.setattr(torch, "rand", lambda size: torch.zeros(size))         # every batch is low
+    x0, t, _, _ = p.draw_batch(dict(config, batch=5, low_share=1e-4), x, y, 0)
+    assert x0.shape[-1] == 16 and (t == p.T - 1).all()
+
+
 def test_words_come_with_the_checkpoint(tmp_path):
     """--init: its words, though the new data have others."""
     (tmp_path / "a" / "blue cat").mkdir(parents=True)

@@ -10,20 +10,20 @@ from statistics import mean
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+RESULTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(RESULTS), str(RESULTS.parent / "data")]
 from experiments import (ABLATION, folder_of, grid, load_script, note, opened, record, start, timed,  # noqa: E402
                          trained)
 import postdiff  # noqa: E402
 from common import caption_score, save_grid  # noqa: E402
+from make_colours import UNSEEN  # noqa: E402
 
 S = "postdiff"
 WEIGHTS = "--checkpoint weights/postdiff/weights.pt"
 NET = "--data twemoji --batch 256"
 LCM_STEPS, TUNED_STEPS = 2000, 2000    # of the distillation; of Appendix F
 QUICK = dict(n=500, seeds=1)           # of tables with many rows
-PAIRS = ("purple dog", "green rocket", "blue rose", "purple banana", "red frog", "yellow elephant", "green umbrella",
-         "purple fish", "orange turtle", "blue strawberry", "red tree", "yellow snake", "purple guitar",
-         "blue pig face", "green bell", "blue mushroom")         # in no caption, never made by data/make_colours.py
+PAIRS = sorted(UNSEEN)                 # in no caption, never made
 PAPER = {"SD": (768, 2.57), "SDXL": (1024, 2.09), "PixArt": (1024, 1.49)}      # Table 2: side, times faster
 
 
@@ -220,7 +220,7 @@ def samples():
     prompts = " ".join(f"'{prompt}'" for prompt in PAIRS)
     module, net, config, plan, device = opened(S, f"{WEIGHTS} --prompt {prompts}")
     images = module.sample(net, config, plan, range(len(PAIRS)), device)
-    save_grid(folder_of(S) / "pairs.png", images, columns=8, captions=PAIRS)
+    save_grid(folder_of(S) / "pairs.png", images, columns=10, captions=PAIRS)
 
 
 FUNCTIONS = (headline, opinion, table1, table2, table5, table7, remedies, aim, fig4, fig7, fig8, fig9, calibration,

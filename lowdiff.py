@@ -516,7 +516,9 @@ def make_plan(net, config, device):
     plan, told = plan_of(config), any(config["steps"] + config["truncate"] + config.get("sigma_min", []))
     found = None if told else find_plan(config, plan_name(config), plan)
     if found:                                                  # its numbers must fit
-        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], found.get("sigma_min", ()))
+        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], found["sigma_min"])
+        if len(found["sigma_max"]) != len(plan["stages"]):
+            raise ValueError(f"{plan_name(config)} needs a sigma_max for each stage: delete it, and --search anew")
     return found or plan
 
 

@@ -635,9 +635,10 @@ def test_make_plan_finds_what_was_searched(tmp_path):
     assert c.make_plan(None, config, "cpu") == found
     assert c.make_plan(None, dict(config, step=8), "cpu") == paper               # of another network
     assert c.make_plan(None, dict(config, truncate=[17]), "cpu")["evaluations"] == [17, 17]
-    for damage in (dict(steps=[18]), dict(evaluations=[40, 17]), dict(evaluations=[19, 17, 3])):
+    for damage, told in ((dict(steps=[18]), "--steps"), (dict(evaluations=[40, 17]), "--truncate"),
+                         (dict(evaluations=[19, 17, 3]), "--truncate"), (dict(sigma_max=[80.0]), "sigma_max")):
         common.save_json(path, {**found, **damage})
-        with pytest.raises(ValueError, match="--steps|--truncate"):
+        with pytest.raises(ValueError, match=told):
             c.make_plan(None, config, "cpu")
     path.write_text(json.dumps(dict(step=7)))
     with pytest.raises(ValueError, match="no plan"):

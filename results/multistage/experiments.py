@@ -10,24 +10,33 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-from experiments import (ABLATION, grid, load_script, note, opened, parameters, record, start, trained,  # noqa: E402
+from experiments import (grid, load_script, note, opened, parameters, record, start, trained,  # noqa: E402
                          training_macs)
 import multistage as stages  # noqa: E402
 from common import load_images, noise_for, start_device, to_float  # noqa: E402
 
-S = "multistage"
+S, SEPARATE = "multistage", "multistage_separate"
 UNIFIED, WEIGHTS = (f"--checkpoint weights/multistage/{name}.pt" for name in ("unified", "weights"))
 NET = "--data fashion --batch 256"
-PLAIN, EQUAL = "--widths 32", "--widths 32 32 32"              # one decoder; three as wide as the encoder
-EDGES = [0.5169, 0.7062]                                       # of the stages whose losses are compared
 SIXTY, HALF = 1.73e14, 1.48e14         # forward MACs: 60 %, 51 % of what trained the shipped unified network
-ALIKE = "--edges 0.485 0.7062"         # the edges of the shipped network
-SHARES = (0.2, 0.4, 0.6, 0.8, 1)                               # of the budget: Fig. 1(d)
+ALIKE = "--edges 0.485 0.7062"         # the edges of the shipped network: Algorithm 1, of the 60,000 images
+SMALL = "--data fashion --ch 16 --patch 2"                     # tables of many trainings: 24 MMACs,
+MACS = 4e12                                                    # 167,000 images, eleven minutes of a core each
+PLAIN, EQUAL, TAILORED = "--widths 16", "--widths 16 16 16", "--widths 24 16 8"        # D13: 1.5, 1, 1/2
+BY_STAGE = "--batches stage"
+QUICK = dict(n=1000)
+EDGES = [0.5169, 0.7062]                                       # of the stages whose losses are compared
+SHARES = (0.3, 0.6, 1)                 # of MACS: Fig. 1(d)
 
 
-def run(name, options="", script=S, macs=ABLATION):
-    """--checkpoint of a network, trained now if need be; equal MACs for all."""
-    return f"--checkpoint {trained(script, f'multistage-{name}', f'{NET} {options}', macs)}"
+def run(name, options, script=S, macs=MACS, net=SMALL):
+    """--checkpoint of a network, trained now if need be; of a small one, if not told otherwise, equal MACs for all."""
+    return f"--checkpoint {trained(script, f'multistage-{name}', f'{net} {options}', macs)}"
+
+
+def three(name="three", script=S, options="", macs=MACS, widths=TAILORED):
+    """--checkpoint of a small network of three stages, with the paper's clustering."""
+    return run(name, f"{ALIKE} {widths} {options}", script, macs)
 
 
 def facts(net, config, plan, device=None):
@@ -55,11 +64,11 @@ def share():
     whole = None
     for arm, argv in (
             ("one decoder", UNIFIED),
-            ("one decoder, three fifths of the training", run("sixty-one", PLAIN, macs=SIXTY)),
-            ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY)),
-            ("three decoders, narrower", run("narrow", f"{ALIKE} --widths 32 24 12", macs=1.32e14)),
+            ("one decoder, three fifths of the training", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
+            ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
+            ("three decoders, narrower", run("narrow", f"{ALIKE} --widths 32 24 12", macs=1.32e14, net=NET)),
             ("three decoders, edges of equal SNR",
-             run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF))):
+             run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF, net=NET))):
         module, _, config, *_ = opened(S, argv)
         macs = training_macs(module, config) * config["step"] * config["batch"]
         whole = whole or macs                                  # of the first arm
@@ -69,30 +78,32 @@ def share():
 
 def fig1d():
     """Fig. 1(d): FD against training MACs; every point is a training of its own, to its end."""
-    for name, arm, script, options in (("unified", "unified", S, PLAIN), ("three", "multistage", S, ""),
-                                       ("separate", "separate", "multistage_separate", EQUAL)):
-        for share in SHARES:
-            key = name if share == 1 else f"{name}-{100 * share:.0f}"
-            record(script, "fig1d", run(key, options, script, share * ABLATION), f"{arm}, {100 * share:.0f} %", seeds=1,
-                   cells={"training MACs": f"{share * ABLATION:.2g}"}, curve=arm, training_macs=share * ABLATION)
+    for share in SHARES:
+        macs, words = share * MACS, "" if share == 1 else f"-{100 * share:.0f}"
+        for arm, script, argv in (
+                ("unified", S, run(f"unified{words}", PLAIN, macs=macs)),
+                ("multistage", S, three(f"three{words}", macs=macs)),
+                ("separate", SEPARATE, three(f"separate{words}", SEPARATE, macs=macs, widths=EQUAL))):
+            record(script, "fig1d", argv, f"{arm}, {100 * share:.0f} %", cells={"training MACs": f"{macs:.2g}"},
+                   curve=arm, training_macs=macs, **QUICK)
 
 
 def table3():
     """Table 3: separate networks, early stopping (ES), tailored widths (TP), multistage."""
-    for arm, script, name, options in (
-            ("unified", S, "unified", PLAIN), ("separate", "multistage_separate", "separate", EQUAL),
-            ("separate + ES", "multistage_separate", "separate-es", f"{EQUAL} --early-stopping 1"),
-            ("separate + TP", "multistage_separate", "separate-tp", ""),
-            ("separate + ES + TP", "multistage_separate", "separate-es-tp", "--early-stopping 1"),
-            ("multistage", S, "three", "")):
-        record(script, "table3", run(name, options, script), arm, cells=facts)
+    stop = "--early-stopping 1 --save-every 100"
+    for arm, script, argv in (
+            ("unified", S, run("unified", PLAIN)), ("separate", SEPARATE, three("separate", SEPARATE, widths=EQUAL)),
+            ("separate + ES", SEPARATE, three("separate-es", SEPARATE, stop, widths=EQUAL)),
+            ("separate + TP", SEPARATE, three("separate-tp", SEPARATE)),
+            ("separate + ES + TP", SEPARATE, three("separate-es-tp", SEPARATE, stop)), ("multistage", S, three())):
+        record(script, "table3", argv, arm, cells=facts, **QUICK)
 
 
 def batches():
     """Beside Table 3: batches of one stage, as the paper's code has them, or mixed; equal widths."""
-    for arm, name, options in (("unified", "unified", PLAIN), ("one stage a batch", "by-stage", "--batches stage"),
-                               ("mixed batches", "three", ""), ("mixed batches, equal widths", "equal", EQUAL)):
-        record(S, "batches", run(name, options), arm, cells=facts)
+    for arm, argv in (("unified", run("unified", PLAIN)), ("one stage a batch", three("by-stage", options=BY_STAGE)),
+                      ("mixed batches", three()), ("mixed batches, equal widths", three("equal", widths=EQUAL))):
+        record(S, "batches", argv, arm, cells=facts, **QUICK)
 
 
 def images(data="fashion"):
@@ -115,34 +126,35 @@ def edges_of(method, n, x):
 def table4():
     """Table 4: stages by the optimal denoiser, by time, by signal-to-noise ratio, by gradients."""
     x = images()
-    record(S, "table4", run("three"), "optimal", cells=facts)
+    record(S, "table4", three(), "optimal", cells=facts, **QUICK)
     for method in ("time", "snr", "gradient"):
         edges = " ".join(map(str, edges_of(method, 3, x)))
-        record(S, "table4", run(method, f"--edges {edges}"), method, cells=facts)
+        record(S, "table4", run(method, f"--edges {edges} {TAILORED}"), method, cells=facts, **QUICK)
 
 
 def table7():
-    """Table 7: numbers of stages, edges by Algorithm 2, widths by Eq. 23."""
-    x = images()
+    """Table 7: numbers of stages, edges by Algorithm 2, widths by Eq. 23; of one and three the networks of Table 3."""
+    x, widths = images(), tuple(map(int, TAILORED.split()[1:]))
     for n in range(1, 6):
-        options = PLAIN if n == 1 else ""
+        argv = run("unified", PLAIN) if n == 1 else three() if n == 3 else ""
         if n in (2, 4, 5):
             edges = edges_of("optimal2", n, x)
-            widths = load_script("multistage_clusterings").tailored_widths(edges)
-            options = f"--edges {' '.join(map(str, edges))} --widths {' '.join(map(str, widths))}"
-        name = {1: "unified", 3: "three"}.get(n, f"stages-{n}")
-        record(S, "table7", run(name, options), f"{n} stage{'s' * (n > 1)}", cells=facts)
+            found = load_script("multistage_clusterings").tailored_widths(edges, widths)
+            argv = run(f"stages-{n}", f"--edges {' '.join(map(str, edges))} --widths {' '.join(map(str, found))}")
+        record(S, "table7", argv, f"{n} stage{'s' * (n > 1)}", cells=facts, **QUICK)
 
 
 def table1():
     """Table 1: DPM-Solver, EDM, latents (LDM): one decoder and three."""
     latent = "--autoencoder runs/multistage-autoencoder.pt"
+    record(S, "table1", run("unified", PLAIN), "DPM-Solver-3, unified", cells=facts, **QUICK)
+    record(S, "table1", three(), "DPM-Solver-3, multistage", cells=facts, **QUICK)
     for arm, script, name, options in (
-            ("DPM-Solver-3, unified", S, "unified", PLAIN), ("DPM-Solver-3, multistage", S, "three", ""),
-            ("EDM, unified", "multistage_edm", "edm", PLAIN), ("EDM, multistage", "multistage_edm", "edm-three", ""),
+            ("EDM, unified", "multistage_edm", "edm", PLAIN),
+            ("EDM, multistage", "multistage_edm", "edm-three", TAILORED),
             ("latents, unified", "multistage_latent", "latent", f"{latent} {PLAIN}"),
-            ("latents, multistage", "multistage_latent", "latent-three", latent)):
-        record(script, "table1", run(name, options, script), arm, cells=facts)
+            ("latents, multistage", "multistage_latent", "latent-three", f"{latent} {TAILORED}")):
+        record(script, "table1", run(name, options, script), arm, cells=facts, **QUICK)
 
 
 def clusterings():
@@ -166,8 +178,8 @@ def stage_losses():
     n = len(x0)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))      # any level for any image
     for arm, argv in (("unified, shipped", UNIFIED), ("multistage, shipped", WEIGHTS),
-                      ("unified", run("unified", PLAIN)), ("multistage", run("three")),
-                      ("one stage a batch", run("by-stage", "--batches stage"))):
+                      ("unified", run("unified", PLAIN)), ("multistage", three()),
+                      ("one stage a batch", three("by-stage", options=BY_STAGE))):
         _, net, config, _, device = opened(S, argv)
         eps, found = noise_for(range(n), x0.shape[1:]), {}
         for name, first, last in zip(where, (stages.T_TRAIN, *EDGES), (*EDGES, 1.0)):

@@ -149,7 +149,7 @@ def lab(tmp_path, monkeypatch):
         for name, options in SHIPPED.get(script, {}).items():
             tiny(script, options, Path("weights") / script / f"{name}.pt")
     c2f, _, many, post = (experiments.load_script(script) for script in SCRIPTS)
-    for module, constants in ((c2f, dict(REFERENCE_STEPS=12, CALIBRATION=1, PCA=4, BEST_OF=c2f.BEST_OF[:2])),
+    for module, constants in ((c2f, dict(REFERENCE_STEPS=12, CALIBRATION=1, PCA=4, BEST_OF=c2f.BEST_OF[:1])),
                               (post, dict(CALIBRATION=2, STEPS=(2,), REFERENCE_STEPS=3, BUDGET=1,
                                           count_macs=lambda fn: 1))):
         for name, value in constants.items():

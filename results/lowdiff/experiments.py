@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments import (ABLATION, folder_of, note, opened, parameters, record, start, timed, trained,  # noqa: E402
+from experiments import (folder_of, note, opened, parameters, record, start, timed, trained,  # noqa: E402
                          training_macs)
 import lowdiff as low  # noqa: E402
 from common import load_images, noise_for, save_grid, to_float  # noqa: E402
@@ -23,11 +23,13 @@ EDM, WEIGHTS, TWO = (f"--checkpoint weights/lowdiff/{name}.pt" for name in ("edm
 OURS = f"{WEIGHTS} --steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3"        # D23
 NET = "--data fashion --batch 256 --ch 48 --mult 1 1 1"
 THIRD = 9.34e13                        # forward MACs: a third of what trained the shipped networks
+SMALL = "--data fashion --ch 32 --mult 1 1 1 --patch 2"        # tables of many trainings: 31 MMACs,
+MACS = 4e12                                                    # minutes of a core each
 QUICK = dict(n=1000, seeds=1)          # of tables with many rows
 
 
-def run(name, options, script=S, macs=ABLATION, net=NET):
-    """--checkpoint of a network of a fifth of the training, trained now if need be."""
+def run(name, options, script=S, macs=MACS, net=SMALL):
+    """--checkpoint of a network, trained now if need be; of a small one, if not told otherwise, equal MACs for all."""
     return f"--checkpoint {trained(script, f'lowdiff-{name}', f'{net} {options}', macs)}"
 
 
@@ -100,13 +102,13 @@ def table8():
                 ("two", "LowDiff 16-32", S, "16 32"), ("cdm", "CDM 16-32", "lowdiff_cdm", "16 32")):
             options = f"--stages {stages}" + ("" if labels else " --labels 0")
             argv = run(name + ("" if labels else "-free"), options, script)
-            record(script, "table8", argv, f"{arm}, {words}", cells=facts)
+            record(script, "table8", argv, f"{arm}, {words}", n=1000, cells=facts)
 
 
 def table4():
     """Table 4: latents, LightningDiT and LowDiff on the same ones; FD of the decoded images."""
     shared = "--autoencoder runs/lowdiff-autoencoder.pt"
-    dit, latent = (run(name, f"{shared} --stages {stages}", "lowdiff_latent", net="--data fashion --batch 256")
+    dit, latent = (run(name, f"{shared} --stages {stages}", "lowdiff_latent", net="--data fashion")
                    for name, stages in (("dit", "8"), ("latent", "4 8")))
     for arm, argv in (("LightningDiT, 100", dit), ("LightningDiT, 50", f"{dit} --steps 50"), ("LowDiff 4-8", latent)):
         record("lowdiff_latent", "table4", argv, arm, cells=facts)
@@ -114,7 +116,7 @@ def table4():
 
 def table9():
     """Tables 3, 7, 9: emoji at 64x64: EDM, LowDiff of four and of two stages, CDM."""
-    net = "--data emoji --batch 128 --ch 48 --mult 1 1 1 1 --attention 3"
+    net = "--data emoji --ch 32 --mult 1 1 1 1 --attention 3 --patch 2"
     for name, arm, script, stages in (
             ("emoji-edm", "EDM", S, "64"), ("emoji-four", "LowDiff 8-16-32-64", S, "8 16 32 64"),
             ("emoji-two", "LowDiff 32-64", S, "32 64"), ("emoji-cdm", "CDM 32-64", "lowdiff_cdm", "32 64")):
@@ -199,7 +201,7 @@ def last():
 def quieter():
     """D3, a remedy: two stages trained for conditions of less noise, which the first stage then hands on; each with the
     paper's noise range of the last stage, and with a narrower one. A third of the training of the shipped networks."""
-    quiet = run("two-quiet", "--stages 16 32 --s-mean -1.97", macs=THIRD)
+    quiet = run("two-quiet", "--stages 16 32 --s-mean -1.97", macs=THIRD, net=NET)
     for argv, level, K in ((TWO, "1.09", 19), (quiet, ".14", 25)):
         for bottom, top in ((0.01, 50.0), (0.2, 32.0)):
             record(S, "quieter", f"{argv} --steps 18 9 --truncate {K}", f"noise of {level}, then {top:g} to {bottom:g}",
@@ -219,7 +221,7 @@ def choices():
     for name, key, options in (
             ("deviation .3 (default)", "two-3", ""), ("deviation .15", "two-15", "--s-std 0.15"),
             ("deviation .6", "two-6", "--s-std 0.6"), ("EDM's", "two-edm", "--s-mean -1.2 --s-std 1.2")):
-        record(S, "choices", run(key, f"--stages 16 32 {options}"), name)
+        record(S, "choices", run(key, f"--stages 16 32 {options}"), name, n=1000)
 
 
 def samples():

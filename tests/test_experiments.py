@@ -67,7 +67,7 @@ def tiny(script, argv, path):
         module, options = experiments.load_script(script), {**TINY, **SIZES.get(script, {})}
         known = {key for group in ("network", "training") for key in module.CONFIG[group]}
         words = argv + "".join(f" --{key.replace('_', '-')} {options[key]}" for key in options if key in known)
-        words += " --mult 1 1 1 1" * ("64" in argv)
+        words += " --mult 1 1 1 1" * argv.endswith(" 64")
         config = common.parse_config(module.SCRIPT, module.CONFIG, "", ["--train", *words.split()])
         if "widths" in config:
             n = len(config["widths"])

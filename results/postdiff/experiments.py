@@ -97,8 +97,8 @@ def remedies():
 
 
 def aim():
-    """The two remedies that keep FD, by as many samples as the headline has."""
-    for options in ("--method base", "", "--m 0.6", "--k 1 --steps 15"):
+    """The remedies that keep FD, by as many samples as the headline has."""
+    for options in ("--method base", "", "--method mixed --steps 8", "--m 0.6", "--k 1 --steps 15"):
         row("aim", options, options.replace("--", "") or "PostDiff: steps 20, s 0.5, k 2, m 0.75")
 
 

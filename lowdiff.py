@@ -293,11 +293,10 @@ def effective_nfe(nfe, seconds):
 # ---------------------------------------------------------------------------------------------
 def check_config(config):
     """Raises ValueError if the sizes in config do not fit each other."""
-    R, stages, levels = config["res"], config["stages"], len(config["mult"])
-    multiple = config["patch"] * 2 ** (levels - 1)
-    if stages != [R >> i for i in reversed(range(len(stages)))] or len(stages) > levels or R % multiple:
+    R, stages, multiple = config["res"], config["stages"], config["patch"] * 2 ** (len(config["mult"]) - 1)
+    if stages != [R >> i for i in reversed(range(len(stages)))] or len(stages) > len(config["mult"]) or R % multiple:
         raise ValueError(f"--stages {' '.join(map(str, stages))}: each must be twice the one before, the last one the "
-                         f"images' {R}, a multiple of {multiple}; {levels} levels (--mult) have at most as many stages")
+                         f"images' {R}, a multiple of {multiple}; no more of them than levels in --mult")
 
 
 def load_data(config):
@@ -516,9 +515,8 @@ def make_plan(net, config, device):
     plan, told = plan_of(config), any(config["steps"] + config["truncate"] + config.get("sigma_min", []))
     found = None if told else find_plan(config, plan_name(config), plan)
     if found:                                                  # its numbers must fit
-        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], found["sigma_min"])
-        if len(found["sigma_max"]) != len(plan["stages"]):
-            raise ValueError(f"{plan_name(config)} needs a sigma_max for each stage: delete it, and --search anew")
+        ranges = found.get("sigma_min", ())[:len(found.get("sigma_max", ()))]
+        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], ranges)
     return found or plan
 
 

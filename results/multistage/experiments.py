@@ -21,7 +21,7 @@ NET = "--data fashion --batch 256"
 SIXTY, HALF = 1.73e14, 1.48e14         # forward MACs: 60 %, 51 % of what trained the shipped unified network
 ALIKE = "--edges 0.485 0.7062"         # the edges of the shipped network: Algorithm 1, of the 60,000 images
 SMALL = "--data fashion --ch 16 --patch 2"                     # tables of many trainings: 24 MMACs,
-MACS = 4e12                                                    # 167,000 images, eleven minutes of a core each
+MACS = 4e12                                                    # 146,000 to 167,000 images, 12 to 20 minutes of a core
 PLAIN, EQUAL, TAILORED = "--widths 16", "--widths 16 16 16", "--widths 24 16 8"        # D13: 1.5, 1, 1/2
 BY_STAGE = "--batches stage"
 QUICK = dict(n=1000)

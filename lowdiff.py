@@ -514,9 +514,8 @@ def make_plan(net, config, device):
     """The plan of the command line; else one that was searched with the same network; else the paper's."""
     plan, told = plan_of(config), any(config["steps"] + config["truncate"] + config.get("sigma_min", []))
     found = None if told else find_plan(config, plan_name(config), plan)
-    if found:                                                  # its numbers must fit
-        ranges = found.get("sigma_min", ())[:len(found.get("sigma_max", ()))]
-        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], ranges)
+    for ranges in ("sigma_min", "sigma_max") if found else ():                     # its numbers must fit
+        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], found[ranges])
     return found or plan
 
 

@@ -636,7 +636,8 @@ def test_make_plan_finds_what_was_searched(tmp_path):
     assert c.make_plan(None, dict(config, step=8), "cpu") == paper               # of another network
     assert c.make_plan(None, dict(config, truncate=[17]), "cpu")["evaluations"] == [17, 17]
     for damage, told in ((dict(steps=[18]), "--steps"), (dict(evaluations=[40, 17]), "--truncate"),
-                         (dict(evaluations=[19, 17, 3]), "--truncate"), (dict(sigma_max=[80.0]), "--sigma-min")):
+                         (dict(evaluations=[19, 17, 3]), "--truncate"), (dict(sigma_max=[80.0]), "--sigma-min"),
+                         (dict(sigma_max=[80.0, 50.0, 50.0]), "--sigma-min")):
         common.save_json(path, {**found, **damage})
         with pytest.raises(ValueError, match=told):
             c.make_plan(None, config, "cpu")

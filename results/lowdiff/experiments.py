@@ -24,7 +24,7 @@ OURS = f"{WEIGHTS} --steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3"        
 NET = "--data fashion --batch 256 --ch 48 --mult 1 1 1"
 THIRD = 9.34e13                        # forward MACs: a third of what trained the shipped networks
 SMALL = "--data fashion --ch 32 --mult 1 1 1 --patch 2"        # tables of many trainings: EDM has 31
-MACS = 4e12                                                    # MMACs then, and sees 127,000 images
+MACS = 3e12                                                    # MMACs then, and sees 95,000 images
 QUICK = dict(n=1000, seeds=1)          # of tables with many rows
 
 

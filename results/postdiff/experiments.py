@@ -119,7 +119,7 @@ def fig8():
 
 def fig9():
     """Fig. 9: do 250 or 500 images rank settings as 1,000 do? Caption scores."""
-    for K, s in itertools.product((8, 12), (0, 0.25, 0.5, 0.6)):
+    for K, s in itertools.product((4, 6, 8), (0, 0.5)):
         pool, arm = [], f"{K} steps, s = {s}"
         row("scores", f"--method mixed --steps {K} --s {s}", arm, n=1000, seeds=1, pool=pool)
         network, _, _, second = pool[0]

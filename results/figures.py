@@ -51,7 +51,7 @@ def fig_transition(rows, axes):
         axes[0].plot(*zip(*r["ranks"]), label=f"{r['arm']}: lowest at t = {r['cells']['lowest at t']}")
         axes[0].legend(fontsize=7)
     axes[0].set(xlabel="t", ylabel="cut index (99 % of the variance)", yscale="log", title="rank of x0_hat")
-    curves = {"C2F, DDIM, 20 + 20 steps": found} if found else {}
+    curves = {"C2F, DDIM, 10 + 10 steps": found} if found else {}
     return lines_of(axes[1], curves, lambda r: r["cells"]["t*"], xlabel="t*", ylabel=fd_label(found)) or bool(ranks)
 
 
@@ -114,19 +114,38 @@ def fig_classes(rows, axes):
     return bool(found)
 
 
+COLORS = {"DDIM": "0.6", "2M": "black", "TRD": "tab:blue", "C2F": "tab:red", "PostDiff": "tab:brown",       # by idea
+          "DPM": "tab:olive", "EDM": "tab:orange", "LowDiff": "tab:green", "Multi": "tab:purple"}
+
+
 def fig_shootout(rows, axes):
-    found = groups(rows, "shootout")
-    left, right = ("DDIM", "2M", "TRD", "C2F", "PostDiff"), ("2M", "EDM", "LowDiff", "DPM", "Multi")
-    for ax, words in zip(axes, (left, right)):
-        ax.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-        curves = {name: g for name, g in sort(found, lambda r: r["method"]).items() if name.startswith(words)}
-        lines_of(ax, curves, mmacs, xscale="log", yscale="log", xlabel="MMACs an image", ylabel=fd_label(found))
-        for axis, first in (ax.xaxis, 2000), (ax.yaxis, 0.1):
-            ticks = [first * 2 ** i for i in range(6)]
+    """Left what runs on c2f_trd's networks, right the others; the same axes; dotted: 100-step DDIM."""
+    found, used = groups(rows, "shootout"), {}
+    curves = sort(found, lambda r: r["method"])
+    first = [g for g in found if g[-1]["arm"] == "DDIM, 100 steps"]
+    titles = "c2f_trd's networks: samplers, C2F-TRD, PostDiff", "other networks: DPM-Solver-3, EDM, LowDiff, Multistage"
+    for ax, words, title in zip(axes, (list(COLORS)[:5], list(COLORS)[5:]), titles):
+        for name, g in sorted(curves.items(), key=lambda c: -min(map(average, c[1]))):
+            idea = next((w for w in words if name.startswith(w)), None)
+            if idea:
+                mark = "osD^v<>pX"[used.setdefault(idea, 0) % 9]
+                used[idea] += 1
+                g = sorted(g, key=lambda g: mmacs(g[-1]))
+                ax.errorbar([mmacs(h[-1]) for h in g], [average(h) for h in g],
+                            [stdev(r["fd"] for r in h) if len(h) > 1 else 0 for h in g], fmt=f"{mark}-", ms=5,
+                            color=COLORS[idea], capsize=2, label=name)
+        if ax.has_data():
+            ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        for g in first:
+            ax.axhline(average(g), color="0.6", ls=":", lw=1)
+            ax.text(44000, 1.04 * average(g), "DDIM, 100 steps", fontsize=6, ha="right")
+        ax.set(xscale="log", yscale="log", xlim=(1200, 45000), ylim=(0.05, 4.5), xlabel="MMACs an image",
+               ylabel=fd_label(found), title=title)
+        ax.title.set_size(9)
+        for axis, least, n in (ax.xaxis, 2000, 5), (ax.yaxis, 0.05, 7):
+            ticks = [least * 2 ** i for i in range(n)]
             axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
             axis.set_ticks([], minor=True)
-        if curves:
-            ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return bool(found)
 
 

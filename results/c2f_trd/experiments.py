@@ -141,10 +141,9 @@ def label16():
 def ranks():
     """Fig. 5(b, c): rank of the predicted images along 100 steps, and the error of eps_hat where it is known."""
     alpha_bar, hundred = linear_alpha_bar(c2f.T), c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS)
-    for arm, argv in (("base, 32x32", f"{BASE} --method base"), ("C2F, 8x8", f"{WEIGHTS} {COARSE}"),
-                      ("C2F, 16x16", f"{label16()} {COARSE}")):
+    for arm, argv in (("C2F, 8x8", f"{WEIGHTS} {COARSE}"), ("C2F, 16x16", f"{label16()} {COARSE}")):
         _, net, config, _, device = opened(S, argv)
-        plan = dict(low_taus=hundred if config["low"] else [], high_taus=hundred)
+        plan = dict(low_taus=hundred, high_taus=hundred)
         (eps_model, z), *_ = c2f.stages_of(net, config, plan, range(c2f.PCA_SEED, c2f.PCA_SEED + c2f.PCA), device)[0]
         t_star, found = c2f.transition_step(eps_model, z, hundred, alpha_bar)
         with torch.no_grad():                                  # at T - 1 xt is all noise

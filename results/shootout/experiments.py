@@ -4,6 +4,7 @@ one figure, one grid. None of the papers has it.
     python results/shootout/experiments.py plain trd            # these lines; then python results/report.py
 """
 import itertools
+import shlex
 import sys
 from pathlib import Path
 from unittest import mock
@@ -22,8 +23,9 @@ import postdiff  # noqa: E402
 from common import linear_alpha_bar, noise_for, save_grid  # noqa: E402
 
 S = "shootout"
-BASE, COARSE, EDM, LOW, UNIFIED, STAGES = (f"--checkpoint weights/{path}.pt" for path in (
-    "c2f_trd/base", "c2f_trd/weights", "lowdiff/edm", "lowdiff/weights", "multistage/unified", "multistage/weights"))
+BASE, COARSE, EDM, LOW, TWO, UNIFIED, STAGES = (f"--checkpoint weights/{path}.pt" for path in (
+    "c2f_trd/base", "c2f_trd/weights", "lowdiff/edm", "lowdiff/weights", "lowdiff/two",
+    "multistage/unified", "multistage/weights"))
 SOLVERS = {"ddim": "DDIM", "dpm2": "2M"}
 STARTS = {"inclusive": "paper's start", "best": "best start"}
 SIGMAS, ROUNDS = 12, 4                 # candidates of a noise level, sweeps: of the search for LowDiff's last stage
@@ -40,6 +42,9 @@ def plain():
     for solver, K in (*itertools.product(SOLVERS, (5, 10, 20)), ("ddim", 50)):
         line(SOLVERS[solver], f"{SOLVERS[solver]}, {K} steps", "c2f_trd",
              f"{BASE} --method base --solver {solver} --steps {K} --start best")
+    for K in (5, 6):
+        line("2M, uniform steps", f"2M, {K} uniform steps", "c2f_trd",
+             f"{BASE} --method base --solver dpm2 --steps {K}")
     line("DDIM", "DDIM, 100 steps", "c2f_trd", f"{BASE} --method base --solver ddim --steps 100")
     for nfe in (6, 9, 12, 20):
         line("DPM-Solver-3", f"DPM-Solver-3, {nfe} evaluations", "multistage", f"{UNIFIED} --nfe {nfe}")
@@ -56,16 +61,15 @@ def edm():
 def trd():
     """TRD alone and C2F+TRD, from the paper's steps and from the best usual ones; C2F alone; C2F+TRD from an earlier
     transition than the paper's rule finds, and its network at full resolution alone."""
-    for solver, K, first in (("dpm2", 5, "inclusive"), ("dpm2", 5, "best"), ("ddim", 5, "inclusive"),
-                             ("dpm2", 10, "best")):
-        for method, name in (("trd", "TRD"), ("c2f+trd", "C2F+TRD")):
-            words = f"{SOLVERS[solver]}, {f'10 + {K}' if 'c2f' in method else K} steps, {STARTS[first]}"
-            line(f"{name}, {SOLVERS[solver]}, {STARTS[first]}", f"{name}, {words}", "c2f_trd",
+    for solver, K, first, methods in (
+            ("dpm2", 5, "inclusive", ("trd", "c2f+trd")), ("dpm2", 5, "best", ("trd", "c2f", "c2f+trd")),
+            ("ddim", 5, "inclusive", ("trd", "c2f", "c2f+trd")), ("dpm2", 10, "best", ("trd",))):
+        for method in methods:
+            name = f"{method.upper()}, {SOLVERS[solver]}"
+            line(f"{name}, {STARTS[first]}",
+                 f"{name}, {f'10 + {K}' if 'c2f' in method else K} steps, {STARTS[first]}", "c2f_trd",
                  f"{COARSE if 'c2f' in method else BASE} --method {method} --solver {solver} --steps {K} "
                  f"--start {first}")
-        if solver == "dpm2" and first == "best":
-            line("C2F, 2M, best start", f"C2F, 2M, 10 + {K} steps, best start", "c2f_trd",
-                 f"{COARSE} --method c2f --solver {solver} --steps {K} --start best")
     late = "--method c2f+trd --solver dpm2 --steps 10 --start best --t-star 706"
     line("C2F+TRD, 2M, from t* 706", "C2F+TRD, 2M, 10 + 10 steps, from t* 706", "c2f_trd", f"{COARSE} {late}")
     options = "--solver dpm2 --steps 11 --start best"
@@ -75,13 +79,14 @@ def trd():
 
 
 def lowdiff():
-    """LowDiff of three stages: the paper's plan, and shorter ones."""
+    """LowDiff of three stages: the paper's plan, and shorter ones; of two, which had a third of the training."""
     for plan in ("18 12 9 18 13", "18 12 6 18 13", "12 9 5 12 10"):
         *steps, a, b = plan.split()
         line("LowDiff 8-16-32", f"LowDiff, {a} + {b} + {2 * int(steps[-1]) - 1} evaluations", "lowdiff",
              f"{LOW} --steps {' '.join(steps)} --truncate {a} {b}")
     line("LowDiff, ends at sigma .3", "LowDiff, 18 + 13 + 9 evaluations, ends at sigma .3", "lowdiff",
          f"{LOW} --steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3")
+    line("LowDiff 16-32", "LowDiff 16-32, 19 + 17 evaluations", "lowdiff", TWO)
 
 
 def stages():
@@ -204,6 +209,7 @@ def opinion():
             ("DDIM, 10 steps", "c2f_trd", f"{uniform} ddim --steps 10", None, None),
             ("PostDiff, caching, 2M, 10 steps", "c2f_trd", f"{uniform} dpm2 --steps 10", generate_postdiff,
              lambda plan: dict(plan, n_low=0, k=2)),
+            ("2M, 6 uniform steps", "c2f_trd", f"{BASE} --method base --solver dpm2 --steps 6", None, None),
             ("C2F+TRD, 2M, 10 + 5 steps, paper's start", "c2f_trd", f"{coarse}+trd --steps 5", None, None),
             ("TRD, 2M, 5 steps, paper's start", "c2f_trd", f"{BASE} --method trd --solver dpm2 --steps 5", None, None)):
         with mock.patch.object(sys.modules[script], "generate", generate or sys.modules[script].generate):
@@ -216,32 +222,39 @@ PROMPTS = ("cat face", "Rainbow flag!", "red heart", "slice of pizza", "dog face
 GRID = tuple((script, f"{checkpoint} {options}") for script, checkpoint, options in (
     ("c2f_trd", BASE, "--method base --solver ddim --steps 100"),
     ("c2f_trd", BASE, "--method base --solver ddim --steps 5 --start best"),   # a twentieth of its MACs
-    ("c2f_trd", BASE, "--method base --solver dpm2 --steps 5 --start best"),
+    ("c2f_trd", BASE, "--method base --solver dpm2 --steps 5"),
     ("c2f_trd", BASE, "--method trd --solver dpm2 --steps 5"),
     ("c2f_trd", COARSE, "--method c2f+trd --solver dpm2 --steps 5"),
     ("lowdiff", EDM, "--steps 4"),
     ("c2f_trd", BASE, "--method base --solver ddim --steps 10 --start best"),  # a tenth
     ("c2f_trd", BASE, "--method base --solver dpm2 --steps 10 --start best"),
-    ("lowdiff", EDM, "--steps 7"),
+    ("c2f_trd", COARSE, "--method c2f+trd --solver dpm2 --steps 10 --start best --t-star 706"),
+    ("lowdiff", EDM, "--steps 8 --sigma-min 0.1"),
     ("lowdiff", LOW, "--steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3"),
-    ("multistage", UNIFIED, "--nfe 9")))
+    ("multistage", UNIFIED, "--nfe 12"),
+    ("multistage", STAGES, "--nfe 12")))
 
 
 def samples(n=12):
-    """samples.png: 100-step DDIM; then about a twentieth, then a tenth of its MACs: a row for each line of GRID."""
+    """samples.png: 100-step DDIM; then about a twentieth, then a tenth of its MACs: a row for each line of GRID, and
+    PostDiff's caching."""
     rows = []
     for script, argv in GRID:
         module, net, config, plan, device = opened(script, argv)
         rows.append(module.sample(net, config, plan, range(n), device))
+    _, net, config, plan, device = opened("c2f_trd", f"{BASE} --method base --solver ddim --steps 20 --start best")
+    with mock.patch.object(c2f, "generate", generate_postdiff):
+        rows.append(c2f.sample(net, config, dict(plan, n_low=0, k=2), range(n), device))
     save_grid(folder_of(S) / "samples.png", torch.cat(rows), columns=n)
 
 
 def front(n=16):
-    """results/samples.png: what --sample makes by default, a row for each script; PostDiff's with its prompts below."""
+    """results/samples.png: what --sample makes, a row for each script: C2F-TRD from the transition of its headline, the
+    others by default; PostDiff's with its prompts below."""
+    more = {"c2f_trd": " --t-star 706 --start best --steps 10", "postdiff": f" --prompt {shlex.join(PROMPTS)}"}
     parts, path = [], folder_of(S).parent / "samples.png"
-    words = " ".join(f"'{prompt}'" for prompt in PROMPTS)
     for script in ("c2f_trd", "lowdiff", "multistage", "postdiff"):
-        argv = f"--checkpoint weights/{script}/weights.pt" + f" --prompt {words}" * (script == "postdiff")
+        argv = f"--checkpoint weights/{script}/weights.pt" + more.get(script, "")
         module, net, config, plan, device = opened(script, argv)
         save_grid(path, module.sample(net, config, plan, range(n), device), columns=n,
                   captions=PROMPTS[:n] if script == "postdiff" else ())

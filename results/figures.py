@@ -36,12 +36,22 @@ def mmacs(row):
     return row["macs_per_image"] / 1e6
 
 
+def doubling(axis, least, n):
+    """Ticks of a logarithmic axis: n, each twice the one before."""
+    ticks = [least * 2 ** i for i in range(n)]
+    axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_ticks([], minor=True)
+
+
 def fig_steps(rows, axes):
     found, drawn = groups(rows, "steps"), False
     for ax, solver in zip(axes, ("DDIM", "2M")):
         some = [g for g in found if g[-1]["cells"]["solver"] == solver]
         drawn |= lines_of(ax, sort(some, lambda r: r["arm"].split(",")[0]), mmacs, title=solver, xscale="log",
-                          yscale="log", xlabel="MMACs an image", ylabel=fd_label(found))
+                          yscale="log", xlim=(1500, 45000), ylim=(0.2, 4), xlabel="MMACs an image",
+                          ylabel=fd_label(found))
+        doubling(ax.xaxis, 2000, 5)
+        doubling(ax.yaxis, 0.2, 5)
     return drawn
 
 
@@ -142,10 +152,8 @@ def fig_shootout(rows, axes):
         ax.set(xscale="log", yscale="log", xlim=(1200, 45000), ylim=(0.05, 4.5), xlabel="MMACs an image",
                ylabel=fd_label(found), title=title)
         ax.title.set_size(9)
-        for axis, least, n in (ax.xaxis, 2000, 5), (ax.yaxis, 0.05, 7):
-            ticks = [least * 2 ** i for i in range(n)]
-            axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
-            axis.set_ticks([], minor=True)
+        doubling(ax.xaxis, 2000, 5)
+        doubling(ax.yaxis, 0.05, 7)
     return bool(found)
 
 

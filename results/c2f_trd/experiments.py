@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import grid, macs_of, note, opened, parameters, record, start, timed, trained  # noqa: E402
 import c2f_trd as c2f  # noqa: E402
+from lowdiff import noise_levels  # noqa: E402
 from common import linear_alpha_bar  # noqa: E402
 from inception import class_distances  # noqa: E402
 
@@ -107,6 +108,25 @@ def starts():
         record(S, "starts", command(method, solver, STEPS, f"--start {first}"),
                f"{NAMES[method]}, {SOLVERS[solver]}, {'paper' if first == 'inclusive' else first}", cells=searched,
                **QUICK)
+
+
+def schedules():
+    """D12: usual schedules by the loss of TRD's search: those that --start best compares, even log SNR, Karras's."""
+    _, net, config, _, device = opened(S, f"{BASE} --method base")
+    alpha_bar, first = linear_alpha_bar(c2f.T), c2f.CALIBRATION_SEED
+    seeds = range(first, first + c2f.CALIBRATION)
+    (stage,), _ = c2f.stages_of(net, config, dict(low_taus=[], high_taus=[0]), seeds, device)
+    x_ref = c2f.dpm_solver_pp_sample(*stage, c2f.uniform_steps(c2f.T - 1, c2f.REFERENCE_STEPS), alpha_bar, order=1)
+    sigma = ((1 - alpha_bar) / alpha_bar).sqrt()[:c2f.T]
+    for (solver, name), K in itertools.product(SOLVERS.items(), (STEPS, 2 * STEPS)):
+        chosen = {"inclusive": None, "exclusive, trailing": 1, **{f"p = {p:g}": p for p in c2f.BEST_OF[2:]}}
+        chosen = {key: c2f.uniform_steps(c2f.T - 1, K, p) for key, p in chosen.items()}
+        for key, levels in (("even log SNR", torch.linspace(*sigma[[-1, 0]].log().tolist(), K).exp()),
+                            ("Karras", torch.tensor(noise_levels(K, *sigma[[0, -1]].tolist())[:-1]))):
+            chosen[key] = [int((sigma.log() - v.log()).abs().argmin()) for v in levels]
+        found = {key: float((c2f.dpm_solver_pp_sample(*stage, taus, alpha_bar, c2f.ORDER[solver]) - x_ref
+                             ).square().mean()) for key, taus in chosen.items()}
+        note(S, "schedules", f"{name}, {K} steps", found, taus=chosen)
 
 
 def transition():
@@ -239,7 +259,7 @@ def samples():
     grid(S, "rows", [command("base", "ddim", 100), *fast, command("base", "dpm2", STEPS + 1, "--start best")])
 
 
-FUNCTIONS = (headline, opinion, steps, high, starts, transition, ranks, strategies, classes, speed, samples)
+FUNCTIONS = (headline, opinion, steps, high, schedules, starts, transition, ranks, strategies, classes, speed, samples)
 
 if __name__ == "__main__":
     start(FUNCTIONS)

@@ -25,8 +25,8 @@ MACS = 4e12                                                    # 146,000 to 167,
 PLAIN, EQUAL, TAILORED = "--widths 16", "--widths 16 16 16", "--widths 24 16 8"        # D13: 1.5, 1, 1/2
 BY_STAGE = "--batches stage"
 QUICK = dict(n=1000)
-EDGES = [0.5169, 0.7062]                                       # of the stages whose losses are compared
-SHARES = (0.3, 0.6, 1)                 # of MACS: Fig. 1(d)
+EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
+SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
 
 
 def run(name, options, script=S, macs=MACS, net=SMALL):
@@ -177,9 +177,10 @@ def stage_losses():
     x0, where = images("fashion10k")[:1000], ("next to the data", "in the middle", "next to the noise")
     n = len(x0)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))      # any level for any image
-    for arm, argv in (("unified, shipped", UNIFIED), ("multistage, shipped", WEIGHTS),
-                      ("unified", run("unified", PLAIN)), ("multistage", three()),
-                      ("one stage a batch", three("by-stage", options=BY_STAGE))):
+    for arm, argv in (
+            ("one decoder", UNIFIED), ("one decoder, three fifths", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
+            ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
+            ("small, one decoder", run("unified", PLAIN)), ("small, three decoders", three())):
         _, net, config, _, device = opened(S, argv)
         eps, found = noise_for(range(n), x0.shape[1:]), {}
         for name, first, last in zip(where, (stages.T_TRAIN, *EDGES), (*EDGES, 1.0)):

@@ -158,8 +158,9 @@ def table1():
 
 
 def clusterings():
-    """Edges of the clusterings that need no network; images in [-1, 1], and in [0, 1] as the paper's code clusters."""
-    x, found = images(), []
+    """Edges of the clusterings that need no network, of 10,000 images in [-1, 1], and in [0, 1] as in the paper's
+    code."""
+    x, found = images("fashion10k"), []
     chosen = [(method, 3) for method in ("optimal", "time", "snr")]        # by gradients: Table 4
     for method, n in [*chosen, *(("optimal2", n) for n in range(2, 6))]:
         found.append((method, n, "[-1, 1]", edges_of(method, n, x)))
@@ -178,7 +179,8 @@ def stage_losses():
     n = len(x0)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))      # any level for any image
     for arm, argv in (
-            ("one decoder", UNIFIED), ("one decoder, three fifths", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
+            ("one decoder", UNIFIED),
+            ("one decoder, three fifths", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
             ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
             ("small, one decoder", run("unified", PLAIN)), ("small, three decoders", three())):
         _, net, config, _, device = opened(S, argv)

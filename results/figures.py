@@ -75,8 +75,11 @@ def fig_truncation(rows, axes):
 
 def fig_fig1d(rows, axes):
     found = groups(rows, "fig1d")
-    return lines_of(axes[0], sort(found, lambda r: r["curve"]), lambda r: r["training_macs"] / 1e12, yscale="log",
-                    xlabel="forward MACs of the training, 1e12", ylabel=fd_label(found))
+    drawn = lines_of(axes[0], sort(found, lambda r: r["curve"]), lambda r: r["training_macs"] / 1e12, yscale="log",
+                     xlabel="forward MACs of the training, 1e12", ylabel=fd_label(found))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    return drawn
 
 
 def fig_fig4(rows, axes):

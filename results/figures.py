@@ -69,8 +69,10 @@ def fig_truncation(rows, axes):
     found = groups(rows, "table11")
     curves = sort(found, lambda r: r["arm"].split(",")[0])
     lines_of(axes[0], curves, lambda r: int(r["arm"].split("= ")[1]), xlabel="evaluations K", ylabel=fd_label(found))
-    return lines_of(axes[1], curves, lambda r: float(r["cells"]["stops at sigma"].split(", ")[-1]), xscale="log",
-                    xlabel="sigma where the stage before the last stops", ylabel=fd_label(found))
+    drawn = lines_of(axes[1], curves, lambda r: float(r["cells"]["stops at sigma"].split(", ")[-1]), xscale="log",
+                     xlabel="sigma where the stage before the last stops", ylabel=fd_label(found))
+    doubling(axes[1].xaxis, 0.125, 7)
+    return drawn
 
 
 def fig_fig1d(rows, axes):

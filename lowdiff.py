@@ -515,7 +515,7 @@ def make_plan(net, config, device):
     plan, told = plan_of(config), any(config["steps"] + config["truncate"] + config.get("sigma_min", []))
     found = None if told else find_plan(config, plan_name(config), plan)
     for ranges in ("sigma_min", "sigma_max") if found else ():                     # its numbers must fit
-        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], found[ranges])
+        paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], found.get(ranges, ()))
     return found or plan
 
 

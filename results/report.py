@@ -84,7 +84,7 @@ def table(folder, experiment):
     if not found:
         return [to_do(folder.name, experiment)]
     found.sort(key=lambda g: ARMS.index(g[-1]["arm"]) if g[-1]["arm"] in ARMS else 0)
-    if experiment == "shootout":
+    if folder.name == "shootout":
         found.sort(key=lambda g: -g[-1]["macs_per_image"])     # 100-step DDIM is the first
     own = list(dict.fromkeys(key for g in found for key in g[-1].get("cells", {})))
     measured = [g for g in found if "fd" in g[0]]

@@ -205,6 +205,8 @@ def test_experiment(lab, script, name, monkeypatch, tmp_path):
     rows, plans = rows_of(tmp_path / "results" / script), set()
     name = "shootout" if script == "shootout" and name != "opinion" else name
     assert any(row["experiment"] == name for row in rows)
+    if (script, name) == ("shootout", "opinion"):
+        assert {row["arm"] for row in rows} == set(module.SECOND)
     for row in rows:
         assert row["arm"] and isinstance(row["cells"], dict), row
         if "fd" in row:

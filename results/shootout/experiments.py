@@ -31,10 +31,10 @@ STARTS = {"inclusive": "paper's start", "best": "best start"}
 SIGMAS, ROUNDS = 12, 4                 # candidates of a noise level, sweeps: of the search for LowDiff's last stage
 
 
-def line(method, arm, script, argv, generate=None, change=None):
-    """A line of the table for three seeds. generate: in place of the script's."""
+def line(method, arm, script, argv, generate=None, change=None, experiment=S, **more):
+    """A line of the table for three seeds. generate: in place of the script's. more: of record."""
     with mock.patch.object(sys.modules[script], "generate", generate or sys.modules[script].generate):
-        record(script, S, argv, arm, change=change, folder=S, method=method)
+        record(script, experiment, argv, arm, change=change, folder=S, method=method, **more)
 
 
 def plain():
@@ -189,31 +189,25 @@ def combined():
                  argv.format(N), change=lambda plan: dict(plan, sigmas=found))
 
 
+SECOND = (                             # what costs about a tenth of 100-step DDIM, or a twentieth
+    "2M, 11 steps, C2F's network alone", "EDM, 15 evaluations, ends at sigma .1",
+    "C2F+TRD, 2M, 10 + 10 steps, from t* 706", "LowDiff, 18 + 13 + 9 evaluations, ends at sigma .3", "2M, 10 steps",
+    "Multistage, 12 evaluations", "DPM-Solver-3, 12 evaluations", "DDIM, 10 steps",
+    "PostDiff, caching, 2M, 10 steps", "2M, 6 uniform steps", "C2F+TRD, 2M, 10 + 5 steps, paper's start",
+    "TRD, 2M, 5 steps, paper's start")
+
+
 def opinion():
-    """A second opinion on what costs about a tenth of 100-step DDIM, or a twentieth: FD in EfficientNet-Lite0's
-    features, which were not trained here."""
-    options, uniform = "--solver dpm2 --steps 11 --start best", f"{BASE} --method base --start best --solver"
-    taus = opened("c2f_trd", f"{BASE} --method base {options}")[3]["high_taus"]
-    coarse = f"{COARSE} --solver dpm2 --method c2f"
-    for arm, script, argv, generate, change in (
-            ("2M, 11 steps, C2F's network alone", "c2f_trd", f"{COARSE} --method c2f --t-star 706 {options}", None,
-             lambda plan: dict(plan, low_taus=[], high_taus=taus)),
-            ("EDM, 15 evaluations, ends at sigma .1", "lowdiff", f"{EDM} --steps 8 --sigma-min 0.1", None, None),
-            ("C2F+TRD, 2M, 10 + 10 steps, from t* 706", "c2f_trd", f"{coarse}+trd --steps 10 --start best --t-star 706",
-             None, None),
-            ("LowDiff, 18 + 13 + 9 evaluations, ends at sigma .3", "lowdiff",
-             f"{LOW} --steps 18 12 5 --truncate 18 13 --sigma-min 0 0 0.3", None, None),
-            ("2M, 10 steps", "c2f_trd", f"{uniform} dpm2 --steps 10", None, None),
-            ("Multistage, 12 evaluations", "multistage", f"{STAGES} --nfe 12", None, None),
-            ("DPM-Solver-3, 12 evaluations", "multistage", f"{UNIFIED} --nfe 12", None, None),
-            ("DDIM, 10 steps", "c2f_trd", f"{uniform} ddim --steps 10", None, None),
-            ("PostDiff, caching, 2M, 10 steps", "c2f_trd", f"{uniform} dpm2 --steps 10", generate_postdiff,
-             lambda plan: dict(plan, n_low=0, k=2)),
-            ("2M, 6 uniform steps", "c2f_trd", f"{BASE} --method base --solver dpm2 --steps 6", None, None),
-            ("C2F+TRD, 2M, 10 + 5 steps, paper's start", "c2f_trd", f"{coarse}+trd --steps 5", None, None),
-            ("TRD, 2M, 5 steps, paper's start", "c2f_trd", f"{BASE} --method trd --solver dpm2 --steps 5", None, None)):
-        with mock.patch.object(sys.modules[script], "generate", generate or sys.modules[script].generate):
-            record(script, "opinion", argv, arm, seeds=1, change=change, folder=S, extractor="efficientnet-lite0")
+    """A second opinion on some of these lines: FD in EfficientNet-Lite0's features, which were not trained here."""
+    first = line
+
+    def second(method, arm, *args, **more):
+        if arm in SECOND:
+            first(method, arm, *args, **more, experiment="opinion", seeds=1, extractor="efficientnet-lite0")
+
+    with mock.patch.dict(globals(), line=second):
+        for function in (plain, edm, trd, lowdiff, stages, post):
+            function()
 
 
 PROMPTS = ("cat face", "Rainbow flag!", "red heart", "slice of pizza", "dog face", "rocket", "japan flag", "clown face",

@@ -5,6 +5,7 @@
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ MACS = 4e12                                                    # 146,000 to 167,
 PLAIN, EQUAL, TAILORED = "--widths 16", "--widths 16 16 16", "--widths 24 16 8"        # D13: 1.5, 1, 1/2
 BY_STAGE = "--batches stage"
 QUICK = dict(n=1000)
+FURTHER = f"{ALIKE} --widths 40 24 12 --batch 64 --lr 3e-4 --save-every 100 --init weights/multistage/weights.pt"
+TOWARDS = [0.8, 0.1, 0.1]              # of the draws, in the stages of FURTHER
 EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
 SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
 
@@ -74,6 +77,25 @@ def share():
         whole = whole or macs                                  # of the first arm
         words = {"training MACs": f"{100 * macs / whole:.0f} %"}
         record(S, "share", argv, arm, cells=lambda *plan: {**facts(*plan), **words}, training_macs=macs)
+
+
+def towards_data(config, x, y, step):
+    """draw_batch of the script, but for the stages' shares: TOWARDS in place of equal ones."""
+    bounds, B = torch.tensor([stages.T_TRAIN, *config["edges"], 1.0]), config["batch"]
+    x0 = to_float(x[torch.randint(0, len(x), (B,))])
+    stage = torch.multinomial(torch.tensor(TOWARDS), B, replacement=True)
+    t = bounds[stage].lerp(bounds[stage + 1], torch.rand(B))
+    return x0, t.sort().values, torch.randn_like(x0)
+
+
+def towards():
+    """D8, a remedy: three decoders trained further, to 60 % of one decoder's MACs, most draws next to the data."""
+    _, _, config, *_ = opened(S, WEIGHTS)
+    before = training_macs(stages, config) * config["step"] * config["batch"]
+    with mock.patch.object(stages, "draw_batch", towards_data):
+        argv = run("towards", FURTHER, macs=SIXTY - before, net=NET)
+    record(S, "share", argv, "three decoders, then most draws next to the data", cells=lambda *plan: {
+        **facts(*plan), "training MACs": "60 %"}, training_macs=SIXTY)
 
 
 def fig1d():
@@ -230,7 +252,7 @@ def samples():
     grid(S, "rows", [UNIFIED, WEIGHTS])
 
 
-FUNCTIONS = (headline, opinion, share, fig1d, table1, table3, table4, table7, batches, clusterings, stage_losses,
+FUNCTIONS = (headline, opinion, share, towards, fig1d, table1, table3, table4, table7, batches, clusterings, stage_losses,
              cluster_speed, samples)
 
 if __name__ == "__main__":

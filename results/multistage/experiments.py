@@ -27,6 +27,7 @@ PLAIN, EQUAL, TAILORED = "--widths 16", "--widths 16 16 16", "--widths 24 16 8" 
 BY_STAGE = "--batches stage"
 QUICK = dict(n=1000)
 FURTHER = f"{ALIKE} --widths 40 24 12 --batch 64 --lr 3e-4 --save-every 100 --init weights/multistage/weights.pt"
+FURTHER_ARM = "three decoders, then most draws next to the data"
 TOWARDS = [0.8, 0.1, 0.1]              # of the draws, in the stages of FURTHER
 EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
 SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
@@ -71,9 +72,10 @@ def share():
             ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
             ("three decoders, narrower", run("narrow", f"{ALIKE} --widths 32 24 12", macs=1.32e14, net=NET)),
             ("three decoders, edges of equal SNR",
-             run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF, net=NET))):
+             run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF, net=NET)),
+            (FURTHER_ARM, towards())):
         module, _, config, *_ = opened(S, argv)
-        macs = training_macs(module, config) * config["step"] * config["batch"]
+        macs = SIXTY if arm == FURTHER_ARM else training_macs(module, config) * config["step"] * config["batch"]
         whole = whole or macs                                  # of the first arm
         words = {"training MACs": f"{100 * macs / whole:.0f} %"}
         record(S, "share", argv, arm, cells=lambda *plan: {**facts(*plan), **words}, training_macs=macs)
@@ -89,13 +91,11 @@ def towards_data(config, x, y, step):
 
 
 def towards():
-    """D8, a remedy: three decoders trained further, to 60 % of one decoder's MACs, most draws next to the data."""
+    """--checkpoint of three decoders trained further, to 60 % of one decoder's MACs, most draws next to the data."""
     _, _, config, *_ = opened(S, WEIGHTS)
     before = training_macs(stages, config) * config["step"] * config["batch"]
     with mock.patch.object(stages, "draw_batch", towards_data):
-        argv = run("towards", FURTHER, macs=SIXTY - before, net=NET)
-    record(S, "share", argv, "three decoders, then most draws next to the data", cells=lambda *plan: {
-        **facts(*plan), "training MACs": "60 %"}, training_macs=SIXTY)
+        return run("towards", FURTHER, macs=SIXTY - before, net=NET)
 
 
 def fig1d():
@@ -204,6 +204,7 @@ def stage_losses():
             ("one decoder", UNIFIED),
             ("one decoder, three fifths", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
             ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
+            (FURTHER_ARM, towards()),
             ("small, one decoder", run("unified", PLAIN)), ("small, three decoders", three())):
         _, net, config, _, device = opened(S, argv)
         eps, found = noise_for(range(n), x0.shape[1:]), {}
@@ -252,7 +253,7 @@ def samples():
     grid(S, "rows", [UNIFIED, WEIGHTS])
 
 
-FUNCTIONS = (headline, opinion, share, towards, fig1d, table1, table3, table4, table7, batches, clusterings, stage_losses,
+FUNCTIONS = (headline, opinion, share, fig1d, table1, table3, table4, table7, batches, clusterings, stage_losses,
              cluster_speed, samples)
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ SECOND = (                             # what costs about a tenth of 100-step DD
     "C2F+TRD, 2M, 10 + 10 steps, from t* 706", "LowDiff, 18 + 13 + 9 evaluations, ends at sigma .3", "2M, 10 steps",
     "Multistage, 12 evaluations", "DPM-Solver-3, 12 evaluations", "DDIM, 10 steps",
     "PostDiff, caching, 2M, 10 steps", "2M, 6 uniform steps", "C2F+TRD, 2M, 10 + 5 steps, paper's start",
-    "TRD, 2M, 5 steps, paper's start")
+    "TRD, 2M, 6 steps, paper's start", "TRD, 2M, 5 steps, paper's start")
 
 
 def opinion():

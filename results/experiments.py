@@ -47,9 +47,9 @@ def record(script, experiment, argv, arm="", seeds=3, n=2000, change=None, cells
     path, own = folder_of(folder or module.SCRIPT) / "results.jsonl", dict(experiment=experiment, arm=arm or argv)
     lines = [json.loads(line) for p in sorted(ROOT.glob("results/*/results.jsonl"))
              for line in p.read_text().splitlines()]
-    known = dict(n=n, weights_sha256=sha256_of(config["checkpoint"]), plan=json.loads(json.dumps(plan)),
-                 data=compared_with(config, fields.get("data")))
+    known = dict(n=n, weights_sha256=sha256_of(config["checkpoint"]), data=compared_with(config, fields.get("data")))
     lines = [row for row in lines if all(row.get(k) == v for k, v in known.items()) and "fd" in row
+             and untimed(row["plan"]) == untimed(json.loads(json.dumps(plan)))
              and row["extractor"].startswith(fields.get("extractor", "small").partition(":")[0])
              and "pool" not in fields]                         # whose features are wanted, not only the line
     same = {row["seed"]: row for row in lines}
@@ -66,6 +66,11 @@ def record(script, experiment, argv, arm="", seeds=3, n=2000, change=None, cells
         append_row(path, row)
         rows.append(row)
     return rows
+
+
+def untimed(plan):
+    """A plan without the seconds of its search, which differ when it is found again."""
+    return {k: v for k, v in plan.items() if k != "seconds"}
 
 
 def macs_of(script, argv):

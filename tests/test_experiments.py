@@ -499,3 +499,8 @@ def test_what_is_measured_is_not_measured_again(lab, monkeypatch):
         n = len(lab)
         experiments.record("c2f_trd", "other", argv + " --start exclusive" * (not more), arm=argv, seeds=1, **more)
         assert len(lab) == n + 1, more
+
+
+def test_a_plan_found_again_is_the_same():
+    assert experiments.untimed(dict(high_taus=[9, 3], seconds=1.5)) == experiments.untimed(
+        dict(high_taus=[9, 3], seconds=7.0)) != experiments.untimed(dict(high_taus=[9, 4], seconds=1.5))

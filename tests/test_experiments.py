@@ -404,6 +404,19 @@ def test_what_another_experiment_measured_is_copied(lab, tmp_path):
     assert len(lab) == n + 4
 
 
+def test_a_plan_found_again_is_the_same(lab):
+    """Its search took another time: what was measured is not measured again; of other steps it is."""
+    argv = "--checkpoint weights/c2f_trd/base.pt --method base --steps 4"
+    experiments.record("c2f_trd", "one", argv, "A", seeds=2)
+    path, sha = experiments.folder_of("c2f_trd") / "results.jsonl", common.sha256_of("weights/c2f_trd/base.pt")
+    lines = [dict(json.loads(row), weights_sha256=sha) for row in path.read_text().splitlines()]
+    for changed, more in ((dict(seconds=7.0), 0), (dict(high_taus=[9, 3]), 2)):
+        path.write_text("".join(json.dumps(dict(row, plan=dict(row["plan"], **changed))) + "\n" for row in lines))
+        n = len(lab)
+        experiments.record("c2f_trd", "one", argv, "A", seeds=2)
+        assert len(lab) == n + more
+
+
 def test_several_extractors(tmp_path):
     text = report.table(folder(tmp_path, [line(), line(extractor="efficientnet-lite0")]), "steps")
     assert "| FD ↓ |" in text[0] and "1.000 @2000, efficientnet-lite0" in text[3]
@@ -499,8 +512,3 @@ def test_what_is_measured_is_not_measured_again(lab, monkeypatch):
         n = len(lab)
         experiments.record("c2f_trd", "other", argv + " --start exclusive" * (not more), arm=argv, seeds=1, **more)
         assert len(lab) == n + 1, more
-
-
-def test_a_plan_found_again_is_the_same():
-    assert experiments.untimed(dict(high_taus=[9, 3], seconds=1.5)) == experiments.untimed(
-        dict(high_taus=[9, 3], seconds=7.0)) != experiments.untimed(dict(high_taus=[9, 4], seconds=1.5))

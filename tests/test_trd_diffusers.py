@@ -314,7 +314,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["trd_ddim", "trd_dpm2"])
 def test_experiment(name, tmp_path, monkeypatch, capsys):
     """Each table of the page is an experiment's; on a random network every row is there, with the search's own loss."""
-    folder = Path(__file__).resolve().parent.parent / "results" / "diffusers"
+    folder = Path(__file__).resolve().parent.parent / "results" / "for_diffusers"
     spec = importlib.util.spec_from_file_location("experiments_of_diffusers", folder / "experiments.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -333,7 +333,7 @@ def test_experiment(name, tmp_path, monkeypatch, capsys):
     search, found = trd.search_timesteps, []
     monkeypatch.setattr(trd, "search_timesteps", lambda *args, **kw: (found.append(search(*args, **kw)), *found)[1])
     getattr(module, name)()
-    rows = [json.loads(line) for line in (tmp_path / "results/diffusers/results.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "results/for_diffusers/results.jsonl").read_text().splitlines()]
     assert [row["arm"].partition(": ")[2] for row in rows] == [
         "default", "trailing", "Karras", "AYS, SD's", "AYS, SDXL's", "where TRD starts", "TRD"]
     loss = [row["cells"]["loss on the search's 1"] for row in rows]

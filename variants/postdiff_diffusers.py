@@ -1,5 +1,5 @@
 """PostDiff (arXiv 2508.06160) on pipelines of diffusers: cheaper denoising steps, no training. Copy this file beside
-your program. How to use it, also as a command, and D1, D2, ...: results/diffusers/README.md.
+your program. How to use it, also as a command, and D1, D2, ...: results/for_diffusers/README.md.
 
     with postdiff(pipe):  # or handle = apply_postdiff(pipe) ... handle.remove()
         image = pipe("a fox", num_inference_steps=20).images[0]

@@ -8,7 +8,7 @@ changed.py and trd_diffusers.py beside it.
     python variants/trd_flow.py PATH_OR_ID --prompt "a fox" "a red house" --steps 8 --out plan.json
 
 Euler's method on a flow, xt = (1 - sigma) x0 + sigma eps, is DDIM at alpha_bar = (1 - sigma)^2 / ((1 - sigma)^2 +
-sigma^2), in units of its denominator's root: so the script searches it as it is. (D28), ...: results/diffusers.
+sigma^2), in units of its denominator's root: so the script searches it as it is. (D28), ...: results/for_diffusers.
 """
 import inspect
 import time

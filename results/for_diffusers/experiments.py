@@ -1,6 +1,6 @@
-"""The tables of results/diffusers that are measured: TRD of variants/trd_diffusers.py against the usual spacings.
+"""The tables of results/for_diffusers that are measured: TRD of variants/trd_diffusers.py against the usual spacings.
 
-    python results/diffusers/experiments.py trd_ddim trd_dpm2          # then python results/report.py
+    python results/for_diffusers/experiments.py trd_ddim trd_dpm2          # then python results/report.py
 """
 import sys
 from pathlib import Path
@@ -81,7 +81,7 @@ def compare(experiment, order):
                        device=f"CPU, {torch.get_num_threads()} threads", torch=torch.__version__,
                        source_sha256=sha256_of(trd.__file__))
             print(f"{row['arm']}: {cells}", flush=True)
-            append_row(ROOT / "results" / "diffusers" / "results.jsonl", row)
+            append_row(ROOT / "results" / "for_diffusers" / "results.jsonl", row)
 
 
 def trd_ddim():

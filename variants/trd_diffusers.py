@@ -7,7 +7,7 @@ minutes, with guidance, in latents. Needs c2f_trd.py and common.py in the folder
     python variants/trd_diffusers.py PATH_OR_ID --prompt "a fox" "a red house" --steps 8 --out plan.json
 
 The sampler is the script's own, which on the same steps makes what the pipeline's scheduler makes: DDIM or DPM-Solver++
-2M. Schedulers, their settings, pipelines without timesteps=, (D25), ...: results/for_diffusers/README.md.
+2M. Schedulers, their settings, pipelines without timesteps=, (D25), ...: results/for_diffusers.
 """
 import argparse
 import copy

@@ -1,7 +1,7 @@
 """The house's rules (budgets, shared text, imports) on the real files, and each rule on a file that breaks it."""
 import ast
 import difflib
-import importlib
+import importlib.util
 import itertools
 import os
 import re
@@ -312,3 +312,10 @@ def test_a_bad_import(path, source, told):
     ("tests/test_dit.py", "import dit\n"), ("results/ledger.py", "import lowdiff\n")])
 def test_a_good_import(path, source):
     assert bad_imports({path: source}, ["dit"]) == []
+
+
+def test_no_folder_stands_in_for_a_package():
+    """results/ is on the path: a folder there would be imported in place of an optional package of its name."""
+    found = {f.name: importlib.util.find_spec(f.name) for f in (ROOT / "results").iterdir() if f.is_dir()}
+    assert [name for name, spec in found.items()
+            if spec and spec.origin and not Path(spec.origin).is_relative_to(ROOT)] == []

@@ -27,7 +27,7 @@ def halves(files):
 
 def pytest_collection_modifyitems(config, items):
     files = {item.path for item in items}
-    whole = all(Path(arg).is_dir() for arg in config.args)     # a file that wants an optional package may lack its tests
+    whole = all(Path(arg).is_dir() for arg in config.args)     # a file may be skipped as a whole
     if not whole or config.option.collectonly or "HALF_OF_THE_TESTS" in os.environ or config.option.keyword:
         return
     mine, others = halves(files)

@@ -28,7 +28,8 @@ BY_STAGE = "--batches stage"
 QUICK = dict(n=1000)
 FURTHER = f"{ALIKE} --widths 40 24 12 --batch 64 --lr 3e-4 --save-every 100 --init weights/multistage/weights.pt"
 FURTHER_ARM = "three decoders, then most draws next to the data"
-TOWARDS = [0.8, 0.1, 0.1]              # of the draws, in the stages of FURTHER
+UNEQUAL_ARM = "three decoders, most draws next to the data"
+TOWARDS, UNEQUAL = [0.8, 0.1, 0.1], [0.7, 0.2, 0.1]            # of the draws, in the stages of these
 EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
 SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
 
@@ -73,29 +74,39 @@ def share():
             ("three decoders, narrower", run("narrow", f"{ALIKE} --widths 32 24 12", macs=1.32e14, net=NET)),
             ("three decoders, edges of equal SNR",
              run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF, net=NET)),
-            (FURTHER_ARM, towards())):
+            (FURTHER_ARM, towards()), (UNEQUAL_ARM, unequal())):
         module, _, config, *_ = opened(S, argv)
-        macs = SIXTY if arm == FURTHER_ARM else training_macs(module, config) * config["step"] * config["batch"]
+        macs = SIXTY                                           # theirs, by drawn
+        if arm not in (FURTHER_ARM, UNEQUAL_ARM):
+            macs = training_macs(module, config) * config["step"] * config["batch"]
         whole = whole or macs                                  # of the first arm
         words = {"training MACs": f"{100 * macs / whole:.0f} %"}
         record(S, "share", argv, arm, cells=lambda *plan: {**facts(*plan), **words}, training_macs=macs)
 
 
-def towards_data(config, x, y, step):
-    """draw_batch of the script, but for the stages' shares: TOWARDS in place of equal ones."""
-    bounds, B = torch.tensor([stages.T_TRAIN, *config["edges"], 1.0]), config["batch"]
-    x0 = to_float(x[torch.randint(0, len(x), (B,))])
-    stage = torch.multinomial(torch.tensor(TOWARDS), B, replacement=True)
-    t = bounds[stage].lerp(bounds[stage + 1], torch.rand(B))
-    return x0, t.sort().values, torch.randn_like(x0)
+def drawn(shares):
+    """draw_batch of the script, but for the stages' shares of the draws: these in place of equal ones."""
+    def draw_batch(config, x, y, step):
+        bounds, B = torch.tensor([stages.T_TRAIN, *config["edges"], 1.0]), config["batch"]
+        x0 = to_float(x[torch.randint(0, len(x), (B,))])
+        stage = torch.multinomial(torch.tensor(shares), B, replacement=True)
+        t = bounds[stage].lerp(bounds[stage + 1], torch.rand(B))
+        return x0, t.sort().values, torch.randn_like(x0)
+    return draw_batch
 
 
 def towards():
     """--checkpoint of three decoders trained further, to 60 % of one decoder's MACs, most draws next to the data."""
     _, _, config, *_ = opened(S, WEIGHTS)
     before = training_macs(stages, config) * config["step"] * config["batch"]
-    with mock.patch.object(stages, "draw_batch", towards_data):
+    with mock.patch.object(stages, "draw_batch", drawn(TOWARDS)):
         return run("towards", FURTHER, macs=SIXTY - before, net=NET)
+
+
+def unequal():
+    """--checkpoint of three decoders trained with 60 % of one decoder's MACs, seven of ten draws next to the data."""
+    with mock.patch.object(stages, "draw_batch", drawn(UNEQUAL)):
+        return run("unequal", f"{ALIKE} --widths 40 24 12 --save-every 50", macs=SIXTY, net=NET)
 
 
 def fig1d():
@@ -182,16 +193,18 @@ def table1():
 def clusterings():
     """Edges of the clusterings that need no network, of 10,000 images in [-1, 1], and in [0, 1] as in the paper's
     code."""
-    x, found = images("fashion10k"), []
-    chosen = [(method, 3) for method in ("optimal", "time", "snr")]        # by gradients: Table 4
+    x = images("fashion10k")
+    chosen = [(method, 3) for method in ("optimal", "time", "snr")]            # by gradients: Table 4
     for method, n in [*chosen, *(("optimal2", n) for n in range(2, 6))]:
-        found.append((method, n, "[-1, 1]", edges_of(method, n, x)))
-        if method.startswith("optimal"):
-            found.append((method, n, "[0, 1]", edges_of(method, n, (x + 1) / 2)))
-    for method, n, scale, edges in found:
-        note(S, "clusterings", f"{method}, {n} stages, images in {scale}", {
-            "edges t": ", ".join(f"{t:.3f}" for t in edges),
-            "sigma": ", ".join(f"{float(stages.sigma_of(t)):.2f}" for t in edges)})
+        scales = {"[-1, 1]": x, "[0, 1]": (x + 1) / 2 - 1e-6}                  # 0 to 1 itself is refused
+        for scale in list(scales)[:2 if method.startswith("optimal") else 1]:
+            try:
+                edges = edges_of(method, n, scales[scale])
+                cells = {"edges t": ", ".join(f"{t:.3f}" for t in edges),
+                         "sigma": ", ".join(f"{float(stages.sigma_of(t)):.2f}" for t in edges)}
+            except ValueError as error:                                        # a stage too short (D20)
+                cells = {"edges t": f"refused: {error}", "sigma": ""}
+            note(S, "clusterings", f"{method}, {n} stages, images in {scale}", cells)
 
 
 @torch.no_grad()
@@ -204,7 +217,7 @@ def stage_losses():
             ("one decoder", UNIFIED),
             ("one decoder, three fifths", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
             ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
-            (FURTHER_ARM, towards()),
+            (FURTHER_ARM, towards()), (UNEQUAL_ARM, unequal()),
             ("small, one decoder", run("unified", PLAIN)), ("small, three decoders", three())):
         _, net, config, _, device = opened(S, argv)
         eps, found = noise_for(range(n), x0.shape[1:]), {}

@@ -64,7 +64,7 @@ def trd():
     for solver, K, first, methods in (
             ("dpm2", 5, "inclusive", ("trd", "c2f+trd")), ("dpm2", 5, "best", ("trd", "c2f", "c2f+trd")),
             ("ddim", 5, "inclusive", ("trd", "c2f", "c2f+trd")), ("dpm2", 6, "inclusive", ("trd",)),
-            ("dpm2", 10, "best", ("trd",))):
+            ("ddim", 6, "inclusive", ("trd",)), ("dpm2", 10, "best", ("trd",))):
         for method in methods:
             name = f"{method.upper()}, {SOLVERS[solver]}"
             line(f"{name}, {STARTS[first]}",

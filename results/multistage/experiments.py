@@ -2,6 +2,7 @@
 
     python results/multistage/experiments.py headline fig1d    # these; then python results/report.py
 """
+import copy
 import sys
 import time
 from pathlib import Path
@@ -19,8 +20,9 @@ from common import load_images, noise_for, start_device, to_float  # noqa: E402
 S, SEPARATE = "multistage", "multistage_separate"
 UNIFIED, WEIGHTS = (f"--checkpoint weights/multistage/{name}.pt" for name in ("unified", "weights"))
 NET = "--data fashion --batch 256"
-SIXTY, HALF = 1.73e14, 1.48e14         # forward MACs: 60 %, 51 % of what trained the shipped unified network
+SIXTY, HALF, NARROW_MACS = 1.73e14, 1.48e14, 1.32e14           # forward MACs: 60, 51, 46 % of the unified network's
 ALIKE = "--edges 0.485 0.7062"         # the edges of the shipped network: Algorithm 1, of the 60,000 images
+NARROW = f"{ALIKE} --widths 32 24 12"
 SMALL = "--data fashion --ch 16 --patch 2"                     # tables of many trainings: 24 MMACs,
 MACS = 4e12                                                    # 146,000 to 167,000 images, 12 to 20 minutes of a core
 PLAIN, EQUAL, TAILORED = "--widths 16", "--widths 16 16 16", "--widths 24 16 8"        # D13: 1.5, 1, 1/2
@@ -28,7 +30,7 @@ BY_STAGE = "--batches stage"
 QUICK = dict(n=1000)
 FURTHER = f"{ALIKE} --widths 40 24 12 --batch 64 --lr 3e-4 --save-every 100 --init weights/multistage/weights.pt"
 FURTHER_ARM = "three decoders, then most draws next to the data"
-UNEQUAL_ARM = "three decoders, most draws next to the data"
+UNEQUAL_ARM = "three decoders, narrower, most draws next to the data"
 TOWARDS, UNEQUAL = [0.8, 0.1, 0.1], [0.7, 0.2, 0.1]            # of the draws, in the stages of these
 EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
 SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
@@ -71,14 +73,13 @@ def share():
             ("one decoder", UNIFIED),
             ("one decoder, three fifths of the training", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
             ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
-            ("three decoders, narrower", run("narrow", f"{ALIKE} --widths 32 24 12", macs=1.32e14, net=NET)),
+            ("three decoders, narrower", run("narrow", NARROW, macs=NARROW_MACS, net=NET)),
             ("three decoders, edges of equal SNR",
              run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF, net=NET)),
             (FURTHER_ARM, towards()), (UNEQUAL_ARM, unequal())):
         module, _, config, *_ = opened(S, argv)
-        macs = SIXTY                                           # theirs, by drawn
-        if arm not in (FURTHER_ARM, UNEQUAL_ARM):
-            macs = training_macs(module, config) * config["step"] * config["batch"]
+        told = {FURTHER_ARM: SIXTY, UNEQUAL_ARM: NARROW_MACS}  # whose draws are not the script's
+        macs = told.get(arm) or training_macs(module, config) * config["step"] * config["batch"]
         whole = whole or macs                                  # of the first arm
         words = {"training MACs": f"{100 * macs / whole:.0f} %"}
         record(S, "share", argv, arm, cells=lambda *plan: {**facts(*plan), **words}, training_macs=macs)
@@ -104,9 +105,28 @@ def towards():
 
 
 def unequal():
-    """--checkpoint of three decoders trained with 60 % of one decoder's MACs, seven of ten draws next to the data."""
+    """--checkpoint of the narrower three decoders with seven of ten draws next to the data, trained by as many MACs."""
     with mock.patch.object(stages, "draw_batch", drawn(UNEQUAL)):
-        return run("unequal", f"{ALIKE} --widths 40 24 12 --save-every 50", macs=SIXTY, net=NET)
+        return run("unequal", f"{NARROW} --save-every 50", macs=NARROW_MACS, net=NET)
+
+
+def exchange():
+    """Which stage loses what: FD of three decoders with one decoder's network in one of the stages, or in two."""
+    model_of, opening = stages.model_of, {"one": opened(S, UNIFIED), "three": opened(S, WEIGHTS)}
+
+    def models(net, config):
+        device = next(net.parameters()).device                 # meta, where MACs are counted
+        found = {name: model_of(copy.deepcopy(opening[name][1]).to(device), opening[name][2]) for name in opening}
+        return lambda xt, t: found[networks[stages.stage_of(t, config["edges"])]](xt, t)
+
+    for arm, networks in (("three decoders", ("three", "three", "three")),
+                          ("one decoder next to the data", ("one", "three", "three")),
+                          ("one decoder in the other two", ("three", "one", "one")),
+                          ("one decoder", ("one", "one", "one"))):
+        whole = len(set(networks)) == 1                        # measured already
+        with mock.patch.object(stages, "model_of", model_of if whole else models):
+            record(S, "exchange", {"one": UNIFIED, "three": WEIGHTS}[networks[0]] if whole else WEIGHTS, arm, seeds=1,
+                   change=None if whole else lambda plan: dict(plan, networks=networks), cells={})
 
 
 def fig1d():
@@ -266,8 +286,8 @@ def samples():
     grid(S, "rows", [UNIFIED, WEIGHTS])
 
 
-FUNCTIONS = (headline, opinion, share, fig1d, table1, table3, table4, table7, batches, clusterings, stage_losses,
-             cluster_speed, samples)
+FUNCTIONS = (headline, opinion, share, exchange, fig1d, table1, table3, table4, table7, batches, clusterings,
+             stage_losses, cluster_speed, samples)
 
 if __name__ == "__main__":
     start(FUNCTIONS)

@@ -45,15 +45,15 @@ def record(script, experiment, argv, arm="", seeds=3, n=2000, change=None, cells
     module, net, config, plan, device = opened(script, argv)
     plan, rows = change(plan) if change else plan, []
     path, own = folder_of(folder or module.SCRIPT) / "results.jsonl", dict(experiment=experiment, arm=arm or argv)
-    lines = [json.loads(line) for p in sorted(ROOT.glob("results/*/results.jsonl"))
+    lines = [dict(json.loads(line), path=p) for p in sorted(ROOT.glob("results/*/results.jsonl"))
              for line in p.read_text().splitlines()]
     known = dict(n=n, weights_sha256=sha256_of(config["checkpoint"]), data=compared_with(config, fields.get("data")))
     lines = [row for row in lines if all(row.get(k) == v for k, v in known.items()) and "fd" in row
              and untimed(row["plan"]) == untimed(json.loads(json.dumps(plan)))
              and row["extractor"].startswith(fields.get("extractor", "small").partition(":")[0])
              and "pool" not in fields]                         # whose features are wanted, not only the line
-    same = {row["seed"]: row for row in lines}
-    there = {row["seed"]: row for row in lines if all(row[k] == v for k, v in own.items())}
+    there = {row["seed"]: row for row in lines if row.pop("path") == path and all(row[k] == v for k, v in own.items())}
+    same = {row["seed"]: row for row in lines}                 # of any folder
     cells = {} if len(there) >= seeds else cells(net, config, plan, device) if callable(cells) else cells or {}
     for seed in range(seeds):
         if seed in there:

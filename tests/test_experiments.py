@@ -401,7 +401,8 @@ def test_what_another_experiment_measured_is_copied(lab, tmp_path):
     assert rows_of(tmp_path / "results" / "shootout") == json.loads(json.dumps(rows))
     assert {(row["experiment"], row["arm"], row["method"], row["cells"]["K"]) for row in rows} == {("two", "B", "M", 1)}
     experiments.record("c2f_trd", "two", argv.replace("4", "3"), "C", folder="shootout")   # another plan
-    assert len(lab) == n + 4
+    experiments.record("c2f_trd", "one", argv, "A", seeds=2, folder="shootout")            # of the very same names
+    assert len(lab) == n + 4 and len(rows_of(tmp_path / "results" / "shootout")) == 8
 
 
 def test_a_plan_found_again_is_the_same(lab):

@@ -190,8 +190,8 @@ def combined():
                  argv.format(N), change=lambda plan: dict(plan, sigmas=found))
 
 
-SECOND = (                             # what costs about a tenth of 100-step DDIM, or a twentieth
-    "2M, 11 steps, C2F's network alone", "EDM, 15 evaluations, ends at sigma .1",
+SECOND = (                             # 100-step DDIM, what costs about a tenth of it, or a twentieth
+    "DDIM, 100 steps", "2M, 11 steps, C2F's network alone", "EDM, 15 evaluations, ends at sigma .1",
     "C2F+TRD, 2M, 10 + 10 steps, from t* 706", "LowDiff, 18 + 13 + 9 evaluations, ends at sigma .3", "2M, 10 steps",
     "Multistage, 12 evaluations", "DPM-Solver-3, 12 evaluations", "DDIM, 10 steps",
     "PostDiff, caching, 2M, 10 steps", "2M, 6 uniform steps", "C2F+TRD, 2M, 10 + 5 steps, paper's start",

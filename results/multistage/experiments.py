@@ -31,7 +31,7 @@ QUICK = dict(n=1000)
 FURTHER = f"{ALIKE} --widths 40 24 12 --batch 64 --lr 3e-4 --save-every 100 --init weights/multistage/weights.pt"
 FURTHER_ARM = "three decoders, then most draws next to the data"
 UNEQUAL_ARM = "three decoders, narrower, most draws next to the data"
-TOWARDS, UNEQUAL = [0.8, 0.1, 0.1], [0.7, 0.2, 0.1]            # of the draws, in the stages of these
+TOWARDS, UNEQUAL = [0.8, 0.1, 0.1], [0.7, 0.2, 0.1]            # shares of the draws, stage by stage, for these arms
 EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
 SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
 
@@ -123,10 +123,10 @@ def exchange():
                           ("one decoder next to the data", ("one", "three", "three")),
                           ("one decoder in the other two", ("three", "one", "one")),
                           ("one decoder", ("one", "one", "one"))):
-        whole = len(set(networks)) == 1                        # measured already
+        whole = len(set(networks)) == 1                        # of one network: measured already
         with mock.patch.object(stages, "model_of", model_of if whole else models):
-            record(S, "exchange", {"one": UNIFIED, "three": WEIGHTS}[networks[0]] if whole else WEIGHTS, arm, seeds=1,
-                   change=None if whole else lambda plan: dict(plan, networks=networks), cells={})
+            record(S, "exchange", UNIFIED if set(networks) == {"one"} else WEIGHTS, arm, seeds=1,
+                   change=None if whole else lambda plan: dict(plan, networks=networks))
 
 
 def fig1d():

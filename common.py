@@ -496,20 +496,20 @@ def load_checkpoint(path, script):
 
 def restore(script, groups, config, check_config, build_net, shipped):
     """The averaged network, on the CPU, of --checkpoint, else of the run in --out, else of weights/SCRIPT; and the
-    configuration: what the network and its training had from the checkpoint, the rest from the command line. Raises
-    OSError or ValueError with one line if the checkpoint is of no use or --out cannot be written."""
+    configuration: the network's and the training's from the checkpoint (of training, newer ones: default), the rest
+    from the command line. Raises OSError or ValueError if it is of no use, or --out."""
     check_folder(config["out"])
     path = Path(config["checkpoint"] or Path(config["out"]) / "checkpoint.pt")
     if not config["checkpoint"] and not path.exists():
         path = HERE / "weights" / script / shipped.get(config.get("method"), "weights.pt")
         print(f"no run in {config['out']}: the shipped weights")
     saved = load_checkpoint(path, script)
-    theirs = groups["network"].keys() | groups["training"].keys()
+    theirs = groups["network"].keys() | groups["training"].keys() & saved["config"]
     config = {**saved["config"], **{k: v for k, v in config.items() if k not in theirs}, "checkpoint": str(path),
               "step": saved["step"], "digest": digest(saved["ema"])}
     config["precision"] = "bf16" if config["precision"] == "bf16" else "fp32"
     try:
-        for key, (default, allowed, _) in {**groups["network"], **groups["training"]}.items():
+        for key, (default, allowed, _) in (groups["network"] | groups["training"]).items():
             check_option(key, config[key], default, allowed)
         if not all(alike(config.get(key, [""]), [""]) for key in ("captions", "words")):
             raise ValueError("captions and words must be lists of texts")

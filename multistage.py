@@ -76,7 +76,7 @@ CONFIG = {
         "ema":        (0.999, (0, 1), "decay of the averaged weights"),
         "flip":       (0, (0, 1), "1: random horizontal flips"),
         "save_every": (500, (1, 10 ** 8), "steps between checkpoints"),
-        "batches":    ("mixed", ("mixed", "stage"), "METHOD: mixed: of all stages (D8); stage: of one (official code)"),
+        "shares":     ([1.0], (0, 1), "METHOD: of the draws, for each stage from the data's on; 1: alike (D8)"),
     },
     "method": {
         "nfe":        (20, (1, 1000), "evaluations of the network"),
@@ -399,6 +399,8 @@ def check_config(config):
     if edges != [0.0] and (len(edges) != n - 1 or any(a >= b for a, b in itertools.pairwise([0, *edges, 1]))):
         raise ValueError(f"--edges {' '.join(map(str, edges))}: {n} decoders (--widths) need {n - 1} edges that rise "
                          "strictly inside (0, 1)")
+    if config["shares"] != [1.0] and (n == 1 or len(config["shares"]) != n or not any(config["shares"])):
+        raise ValueError(f"--shares: one for each of {n} decoders (--widths), if there are several, and not all 0")
 
 
 def load_data(config):
@@ -406,8 +408,6 @@ def load_data(config):
     x, y, _ = load_images(config["data"], config["res"])
     config.update(channels=x.shape[1], res=x.shape[-1])
     check_config(config)
-    if "batches" in config.get("given", ()) and len(config["widths"]) == 1:
-        raise ValueError("--batches: one decoder (--widths) has no stages")
     if config["edges"] == [0.0]:                               # METHOD: not given
         n = len(config["widths"])
         config["edges"] = cluster(config, x, n, start_device(config["device"])[0]) if n > 1 else []
@@ -421,7 +421,8 @@ def draw_batch(config, x, y, step):
     x0 = to_float(x[i])
     if config["flip"]:
         x0 = torch.where(torch.rand(B, 1, 1, 1) < 0.5, x0.flip(-1), x0)
-    stage = torch.randint(0, len(bounds) - 1, (B if config["batches"] == "mixed" else 1,))     # METHOD: alike (D8)
+    shares = torch.tensor(config["shares"]).expand(len(bounds) - 1)
+    stage = shares.multinomial(B, replacement=True)            # METHOD: of all stages in every batch (D8)
     t = bounds[stage].lerp(bounds[stage + 1], torch.rand(B))                   # METHOD: uniform in its stage
     return x0, t.sort().values, torch.randn_like(x0)           # METHOD: sorted: stage by stage (by_stage)
 

@@ -165,26 +165,26 @@ def test_schedule():
     assert m.sigma_of(torch.rand(3)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("batches", ["mixed", "stage"])
-@pytest.mark.parametrize("edges", [[0.4, 0.6], [0.1], []])
-def test_draw_batch(batches, edges):
-    """Every stage has the same share of the images, t is even in it, images and noise know nothing of t."""
+@pytest.mark.parametrize("edges, shares", [([0.4, 0.6], [1.0]), ([0.1], [1.0]), ([], [1.0]),
+                                           ([0.4, 0.6], [0.7, 0.2, 0.1]), ([0.4, 0.6], [0.0, 1.0, 0.0])])
+def test_draw_batch(edges, shares):
+    """Every stage has its share of the images, t is even in it, images and noise know nothing of t."""
     x = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
-    config, n, all_t, all_x = tiny(batch=64, batches=batches, edges=edges), len(edges) + 1, [], []
+    config, n, all_t, all_x = tiny(batch=64, edges=edges, shares=shares), len(edges) + 1, [], []
     for step in range(200):
         torch.manual_seed(step)
         x0, t, eps = m.draw_batch(config, x, None, step)
         assert x0.shape == eps.shape == (64, 1, 4, 4) and t.shape == (64,) and torch.equal(t, t.sort().values)
-        stages = m.stage_of(t, edges).unique()
-        assert len(stages) == 1 if batches == "stage" else len(stages) > 1 or n == 1
+        assert (len(m.stage_of(t, edges).unique()) > 1) == (n > 1 and 0 not in shares)
         all_t.append(t)
         all_x.append(x0[:, 0, 0, 0])
     t, x0, bounds = torch.cat(all_t), torch.cat(all_x), [0.0, *edges, 1.0]
     assert 1e-5 <= t.min() and t.max() < 1
-    slack = 4 / (200 if batches == "stage" else 200 * 64) ** 0.5
     for s in range(n):
-        mine = t[m.stage_of(t, edges) == s]
-        assert abs(len(mine) / len(t) - 1 / n) < slack * (1 / n * (1 - 1 / n)) ** 0.5 + 1e-9
+        mine, share = t[m.stage_of(t, edges) == s], 1 / n if shares == [1.0] else shares[s]
+        assert abs(len(mine) / len(t) - share) <= 4 * (share * (1 - share) / len(t)) ** 0.5
+        if not len(mine):
+            continue
         u = ((mine.double() - bounds[s]) / (bounds[s + 1] - bounds[s])).sort().values          # Kolmogorov-Smirnov
         assert float((u - (torch.arange(len(u)) + 0.5) / len(u)).abs().max()) < 1.95 / len(u) ** 0.5
     assert abs(float(torch.corrcoef(torch.stack([t.sort().values, x0]))[0, 1])) < 0.03
@@ -575,7 +575,7 @@ def test_cluster_then_train(tmp_path, few_images):
 
 
 @pytest.mark.parametrize("argv, edges", [("--widths 8", []), ("--edges 0.3 0.7", [0.3, 0.7]),
-                                         ("--widths 8 8 --edges 0.5 --batches stage", [0.5])])
+                                         ("--widths 8 8 --edges 0.5 --shares 0.9 0.1", [0.5])])
 def test_given_edges(tmp_path, few_images, argv, edges):
     result = start("--train", *TINY, tmp_path, *argv.split())
     assert result.code == 0, result.err
@@ -588,11 +588,29 @@ def test_given_edges(tmp_path, few_images, argv, edges):
     ("--edges 0.5 1", ["--edges", "rise"]), ("--edges 0.4", ["--edges", "3 decoders", "2 edges"]),
     ("--edges 0.2 0.4 0.6", ["--edges", "3 decoders", "2 edges"]), ("--edges a b", ["--edges"]),
     ("--widths 8 --edges 0.4", ["1 decoders", "0 edges"]), ("--widths 1 2 3", ["--widths"]),
-    ("--batches all", ["--batches", "mixed, stage"]), ("--stages 4", ["--stages"]), ("--nfe 4", ["--nfe"]),
+    ("--shares 0.7 0.3", ["--shares", "3 decoders"]), ("--shares 0 0 0", ["--shares", "not all 0"]),
+    ("--shares 0.5", ["--shares", "3 decoders"]), ("--shares 2 1 1", ["--shares", "0 .. 1"]),
+    ("--widths 8 --shares 0.5", ["--shares", "several"]),
+    ("--stages 4", ["--stages"]), ("--nfe 4", ["--nfe"]),
     ("--mult 1 2 2 2 2 2 2", ["multiple of 128"])])
 def test_bad_training(tmp_path, argv, words):
     one_line(start("--train", *TINY, tmp_path / "out", *argv.split()), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_older_than_an_option(tmp_path, few_images):
+    """It has the option's default; what is left out of its network makes another one, and is refused."""
+    assert start("--train", *TINY, tmp_path, "--edges", 0.4, 0.6).code == 0
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del saved["config"]["shares"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    result = start("--sample", "--n", 1, "--nfe", 1, "--out", tmp_path)
+    assert result.code == 0, result.err
+    assert start("--train", "--resume", "--iters", 3, "--out", tmp_path).code == 0
+    assert config_of(tmp_path)["shares"] == [1.0]
+    del saved["config"]["ch"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    one_line(start("--sample", "--out", tmp_path), "checkpoint.pt")
 
 
 def test_bad_sampling(tmp_path, few_images):
@@ -615,10 +633,3 @@ def test_small_folders(tmp_path, monkeypatch, garments, n, words):
     one_line(start(*argv), *words)
     assert not (tmp_path / "out").exists()
     assert start(*argv, "--edges", 0.442, 0.631).code == 0
-
-
-def test_batches_of_one_decoder():
-    config = dict(data="fashion10k", res=32, patch=1, mult=[1, 2], widths=[8], edges=[0.0], given={"batches"})
-    with pytest.raises(ValueError, match="--batches: one decoder"):
-        m.load_data(config)
-    assert m.load_data(dict(config, given=set()))[0].shape[1:] == (1, 32, 32)

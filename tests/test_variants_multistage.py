@@ -273,29 +273,24 @@ def test_one_width_is_lowdiffs_edm():
         other, theirs, x0, None, sigma[:, None], None, eps))
 
 
-@pytest.mark.parametrize("batches", ["mixed", "stage"])
-def test_noise_levels_of_edm(batches):
-    """ln sigma is N(-1.2, 1.2^2); each stage has its share (D9), in batches of one stage or mixed."""
-    x, edges = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), [0.2, 0.3]
-    config, sigmas, of_one = tiny(edm, batch=64, batches=batches, edges=edges), [], []
+@pytest.mark.parametrize("edges, shares", [([0.2, 0.3], None), ([0.442, 0.631], [0.96139, 0.03511, 0.00350])])
+def test_noise_levels_of_edm(edges, shares):
+    """ln sigma is N(-1.2, 1.2^2), rising in a batch; each stage has its share: of the official code's batches (D9)."""
+    x, config, sigmas = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), tiny(edm, batch=64, edges=edges), []
     for step in range(400):
         torch.manual_seed(step)
         x0, sigma, eps = edm.draw_batch(config, x, None, step)
         assert sigma.shape == (64,) and sigma.dtype == torch.float32 and torch.equal(sigma, sigma.sort().values)
         sigmas.append(sigma.double())
-        of_one.append(len(edm.sigma_stage(sigma, edges).unique()) == 1)
-    assert all(of_one) if batches == "stage" else sum(of_one) < 10
     sigma, normal = torch.cat(sigmas), torch.distributions.Normal(-1.2, 1.2)
+    u = normal.cdf(sigma.log()).sort().values                  # Kolmogorov-Smirnov: even between the quantiles
+    assert float((u - (torch.arange(len(u)) + 0.5) / len(u)).abs().max()) < 1.95 / len(u) ** 0.5
     bounds = [0, *(float(normal.cdf(m.sigma_of(t).log())) for t in edges), 1]
     stages = edm.sigma_stage(sigma, edges)
     for s, (low, high) in enumerate(itertools.pairwise(bounds)):
-        mine = normal.cdf(sigma[stages == s].log())
-        share = len(mine) / len(sigma)
-        assert share == pytest.approx(high - low, abs=4 * (0.25 / (400 if batches == "stage" else 25600)) ** 0.5)
-        u = ((mine - low) / (high - low)).sort().values        # Kolmogorov-Smirnov: even between the quantiles
-        assert float((u - (torch.arange(len(u)) + 0.5) / len(u)).abs().max()) < 1.95 / len(u) ** 0.5
-    assert [b - a for a, b in itertools.pairwise([0, *map(edm.lognormal_cdf, (0.442, 0.631)), 1])] == pytest.approx(
-        [0.96139, 0.03511, 0.00350], abs=3e-4)                 # of the official code's batches
+        p = high - low
+        assert abs(float((stages == s).double().mean()) - p) < 4 * (p * (1 - p) / len(sigma)) ** 0.5
+        assert shares is None or p == pytest.approx(shares[s], abs=3e-4)
 
 
 @torch.no_grad()

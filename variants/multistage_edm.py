@@ -8,9 +8,7 @@ them, with multistage.py's network and stages. Stages of equal signal-to-noise r
 A stage gets the training images that EDM's log-normal levels give it, as in the official code: next to the noise it is
 less than a percent of them (D9, D18: results/multistage/README.md).
 """
-import itertools
 import sys
-from bisect import bisect_right
 from pathlib import Path
 
 import torch
@@ -19,14 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from changed import copy_of  # noqa: E402
 from common import autocast, noise_for, run_main, to_float                                        # noqa: E402
 from lowdiff import P_MEAN, P_STD, SIGMA_RANGE, denoise, edm_loss, heun_sample, noise_levels               # noqa: E402
-from multistage import sigma_of, stage_of, t_of                                                            # noqa: E402
+from multistage import stage_of, t_of                                                            # noqa: E402
 
 script = copy_of("multistage")
-
-
-def lognormal_cdf(t):
-    """Share of EDM's training noise levels below the sigma of t."""
-    return float(torch.special.ndtr((sigma_of(t).log() - P_MEAN) / P_STD))
 
 
 def sigma_stage(sigma, edges):
@@ -38,19 +31,14 @@ def sigma_stage(sigma, edges):
 def draw_batch(config, x, y, step):
     """Every random input of a training step, on the CPU, for the whole batch: x0, sigma (B,) float32, rising, eps.
 
-    mixed: sigma is log-normal. stage: of a stage drawn with the log-normal's share of it, by the inverse of the
-    distribution function: over many steps the same (D9)."""
+    sigma is log-normal, of all stages in every batch; the official code draws a stage with its share, then rejects
+    levels outside it: over many steps the same (D9)."""
     B = config["batch"]
     x0 = to_float(x[torch.randint(0, len(x), (B,))])
     if config["flip"]:
         x0 = torch.where(torch.rand(B, 1, 1, 1) < 0.5, x0.flip(-1), x0)
-    u = torch.rand(B, dtype=torch.float64)
-    if config["batches"] == "stage":
-        edges = [lognormal_cdf(t) for t in config["edges"]]
-        low, high = list(itertools.pairwise([0.0, *edges, 1.0]))[bisect_right(edges, float(torch.rand(())))]
-        u = low + (high - low) * u
-    sigma = (P_MEAN + P_STD * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))).exp()
-    return x0, sigma.sort().values.float(), torch.randn_like(x0)               # sorted: stage by stage (by_stage)
+    sigma = (P_MEAN + P_STD * torch.randn(B)).exp()
+    return x0, sigma.sort().values, torch.randn_like(x0)       # sorted: stage by stage (by_stage)
 
 
 def training_loss(net, config, x0, sigma, eps):
@@ -94,6 +82,7 @@ def describe(plan):
 
 script.__doc__, script.SCRIPT = __doc__, "multistage_edm"
 script.CONFIG["run"]["out"] = ("runs/multistage_edm", *script.CONFIG["run"]["out"][1:])
+script.CONFIG["training"]["shares"] = ([1.0], (1, 1), "those of EDM's levels: no choice")
 script.CONFIG["method"] = {"steps": (18, (1, 10_000), "Heun steps, two evaluations each but the last")}
 for function in (draw_batch, training_loss, generate, preview, make_plan, describe):
     setattr(script, function.__name__, function)

@@ -26,12 +26,11 @@ NARROW = f"{ALIKE} --widths 32 24 12"
 SMALL = "--data fashion --ch 16 --patch 2"                     # tables of many trainings: 24 MMACs,
 MACS = 4e12                                                    # 146,000 to 167,000 images, 12 to 20 minutes of a core
 PLAIN, EQUAL, TAILORED = "--widths 16", "--widths 16 16 16", "--widths 24 16 8"        # D13: 1.5, 1, 1/2
-BY_STAGE = "--batches stage"
 QUICK = dict(n=1000)
-FURTHER = f"{ALIKE} --widths 40 24 12 --batch 64 --lr 3e-4 --save-every 100 --init weights/multistage/weights.pt"
+FURTHER = (f"{ALIKE} --widths 40 24 12 --shares 0.8 0.1 0.1 --batch 64 --lr 3e-4 --save-every 100 "
+           "--init weights/multistage/weights.pt")
 FURTHER_ARM = "three decoders, then most draws next to the data"
 UNEQUAL_ARM = "three decoders, narrower, most draws next to the data"
-TOWARDS, UNEQUAL = [0.8, 0.1, 0.1], [0.7, 0.2, 0.1]            # shares of the draws, stage by stage, for these arms
 EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
 SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
 
@@ -78,36 +77,23 @@ def share():
              run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF, net=NET)),
             (FURTHER_ARM, towards()), (UNEQUAL_ARM, unequal())):
         module, _, config, *_ = opened(S, argv)
-        told = {FURTHER_ARM: SIXTY, UNEQUAL_ARM: NARROW_MACS}  # whose draws are not the script's
-        macs = told.get(arm) or training_macs(module, config) * config["step"] * config["batch"]
+        macs = training_macs(module, config) * config["step"] * config["batch"]
+        macs = SIXTY if arm == FURTHER_ARM else macs           # with what it was trained from
         whole = whole or macs                                  # of the first arm
         words = {"training MACs": f"{100 * macs / whole:.0f} %"}
         record(S, "share", argv, arm, cells=lambda *plan: {**facts(*plan), **words}, training_macs=macs)
-
-
-def drawn(shares):
-    """draw_batch of the script, but for the stages' shares of the draws: these in place of equal ones."""
-    def draw_batch(config, x, y, step):
-        bounds, B = torch.tensor([stages.T_TRAIN, *config["edges"], 1.0]), config["batch"]
-        x0 = to_float(x[torch.randint(0, len(x), (B,))])
-        stage = torch.multinomial(torch.tensor(shares), B, replacement=True)
-        t = bounds[stage].lerp(bounds[stage + 1], torch.rand(B))
-        return x0, t.sort().values, torch.randn_like(x0)
-    return draw_batch
 
 
 def towards():
     """--checkpoint of three decoders trained further, to 60 % of one decoder's MACs, most draws next to the data."""
     _, _, config, *_ = opened(S, WEIGHTS)
     before = training_macs(stages, config) * config["step"] * config["batch"]
-    with mock.patch.object(stages, "draw_batch", drawn(TOWARDS)):
-        return run("towards", FURTHER, macs=SIXTY - before, net=NET)
+    return run("towards", FURTHER, macs=SIXTY - before, net=NET)
 
 
 def unequal():
     """--checkpoint of the narrower three decoders with seven of ten draws next to the data, trained by as many MACs."""
-    with mock.patch.object(stages, "draw_batch", drawn(UNEQUAL)):
-        return run("unequal", f"{NARROW} --save-every 50", macs=NARROW_MACS, net=NET)
+    return run("unequal", f"{NARROW} --shares 0.7 0.2 0.1", macs=NARROW_MACS, net=NET)
 
 
 def exchange():
@@ -152,9 +138,18 @@ def table3():
         record(script, "table3", argv, arm, cells=facts, **QUICK)
 
 
+def of_one_stage(config, x, y, step, draw=stages.draw_batch):
+    """draw_batch as the official code has it: each batch of one stage, any with probability 1 / n."""
+    n = len(config["widths"])
+    shares = torch.eye(n)[torch.randint(n, ())].tolist()
+    return draw(dict(config, shares=shares), x, y, step)
+
+
 def batches():
     """Beside Table 3: batches of one stage, as the paper's code has them, or mixed; equal widths."""
-    for arm, argv in (("unified", run("unified", PLAIN)), ("one stage a batch", three("by-stage", options=BY_STAGE)),
+    with mock.patch.object(stages, "draw_batch", of_one_stage):
+        one_stage = three("by-stage")
+    for arm, argv in (("unified", run("unified", PLAIN)), ("one stage a batch", one_stage),
                       ("mixed batches", three()), ("mixed batches, equal widths", three("equal", widths=EQUAL))):
         record(S, "batches", argv, arm, cells=facts, **QUICK)
 

@@ -18,7 +18,7 @@ import multistage as stages  # noqa: E402
 from common import load_images, noise_for, start_device, to_float  # noqa: E402
 
 S, SEPARATE = "multistage", "multistage_separate"
-UNIFIED, WEIGHTS = (f"--checkpoint weights/multistage/{name}.pt" for name in ("unified", "weights"))
+UNIFIED, THIRDS, WEIGHTS = (f"--checkpoint weights/multistage/{name}.pt" for name in ("unified", "thirds", "weights"))
 NET = "--data fashion --batch 256"
 SIXTY, HALF, NARROW_MACS = 1.73e14, 1.48e14, 1.32e14           # forward MACs: 60, 51, 46 % of the unified network's
 ALIKE = "--edges 0.485 0.7062"         # the edges of the shipped network: Algorithm 1, of the 60,000 images
@@ -28,9 +28,9 @@ MACS = 4e12                                                    # 146,000 to 167,
 PLAIN, EQUAL, TAILORED = "--widths 16", "--widths 16 16 16", "--widths 24 16 8"        # D13: 1.5, 1, 1/2
 QUICK = dict(n=1000)
 FURTHER = (f"{ALIKE} --widths 40 24 12 --shares 0.8 0.1 0.1 --batch 64 --lr 3e-4 --save-every 100 "
-           "--init weights/multistage/weights.pt")
+           "--init weights/multistage/thirds.pt")
 FURTHER_ARM = "three decoders, then most draws next to the data"
-UNEQUAL_ARM = "three decoders, narrower, most draws next to the data"
+SHIPPED = "three decoders, narrower, most draws next to the data"              # weights.pt; thirds.pt: alike, 40 24 12
 EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
 SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
 
@@ -71,11 +71,11 @@ def share():
     for arm, argv in (
             ("one decoder", UNIFIED),
             ("one decoder, three fifths of the training", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
-            ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
+            ("three decoders", THIRDS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
             ("three decoders, narrower", run("narrow", NARROW, macs=NARROW_MACS, net=NET)),
             ("three decoders, edges of equal SNR",
              run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF, net=NET)),
-            (FURTHER_ARM, towards()), (UNEQUAL_ARM, unequal())):
+            (FURTHER_ARM, towards()), (SHIPPED, WEIGHTS)):
         module, _, config, *_ = opened(S, argv)
         macs = training_macs(module, config) * config["step"] * config["batch"]
         macs = SIXTY if arm == FURTHER_ARM else macs           # with what it was trained from
@@ -86,19 +86,14 @@ def share():
 
 def towards():
     """--checkpoint of three decoders trained further, to 60 % of one decoder's MACs, most draws next to the data."""
-    _, _, config, *_ = opened(S, WEIGHTS)
+    _, _, config, *_ = opened(S, THIRDS)
     before = training_macs(stages, config) * config["step"] * config["batch"]
     return run("towards", FURTHER, macs=SIXTY - before, net=NET)
 
 
-def unequal():
-    """--checkpoint of the narrower three decoders with seven of ten draws next to the data, trained by as many MACs."""
-    return run("unequal", f"{NARROW} --shares 0.7 0.2 0.1", macs=NARROW_MACS, net=NET)
-
-
 def exchange():
     """Which stage loses what: FD of three decoders with one decoder's network in one of the stages, or in two."""
-    model_of, opening = stages.model_of, {"one": opened(S, UNIFIED), "three": opened(S, WEIGHTS)}
+    model_of, opening = stages.model_of, {"one": opened(S, UNIFIED), "three": opened(S, THIRDS)}
 
     def models(net, config):
         device = next(net.parameters()).device                 # meta, where MACs are counted
@@ -111,7 +106,7 @@ def exchange():
                           ("one decoder", ("one", "one", "one"))):
         whole = len(set(networks)) == 1                        # of one network: measured already
         with mock.patch.object(stages, "model_of", model_of if whole else models):
-            record(S, "exchange", UNIFIED if set(networks) == {"one"} else WEIGHTS, arm, seeds=1,
+            record(S, "exchange", UNIFIED if set(networks) == {"one"} else THIRDS, arm, seeds=1,
                    change=None if whole else lambda plan: dict(plan, networks=networks))
 
 
@@ -231,8 +226,8 @@ def stage_losses():
     for arm, argv in (
             ("one decoder", UNIFIED),
             ("one decoder, three fifths", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
-            ("three decoders", WEIGHTS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
-            (FURTHER_ARM, towards()), (UNEQUAL_ARM, unequal()),
+            ("three decoders", THIRDS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
+            (FURTHER_ARM, towards()), (SHIPPED, WEIGHTS),
             ("small, one decoder", run("unified", PLAIN)), ("small, three decoders", three())):
         _, net, config, _, device = opened(S, argv)
         eps, found = noise_for(range(n), x0.shape[1:]), {}

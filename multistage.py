@@ -13,10 +13,10 @@ denoiser of a data set is known in closed form: the stages are found before anyt
     python multistage.py --train --widths 32 --out runs/off  # off switch: one decoder
     torchrun --nproc_per_node=2 -- multistage.py --train     # two processes, or two GPUs
 
-Symbols: t in [0, 1] -> t; s_t, sigma_t -> scale_of, sigma_of (xt = scale (x0 + sigma eps)); t_1, t_2 -> edges, stage 0
-is next to the data; S -> similarity; eta, alpha, K -> ETA, ALPHA, SAMPLES; lambda -> lam = -log sigma; NFE -> nfe, of
-which each evaluation takes the stage of its own t. METHOD: there because of the paper. (D1), (D2), ...: where the paper
-leaves something open, or we differ: results/multistage/README.md.
+Symbols: t in [0, 1] -> t; s_t, sigma_t -> scale_of(sigma), sigma_of(t): xt = scale (x0 + sigma eps); eps*_t ->
+optimal_denoiser; D, S -> similarity; eta, alpha, K -> ETA, ALPHA, SAMPLES; t_1, t_2 -> edges; Interval 0 -> stage 0,
+next to the data; NFE -> nfe; lambda -> lam = -log sigma. METHOD: there because of the paper. (D1), (D2), ...: where the
+paper leaves something open, or we differ: results/multistage/README.md.
 """
 import copy
 import itertools
@@ -45,7 +45,7 @@ SAMPLES = 10_000               # K of Algorithms 1 and 2 (D4; the paper: 50,000)
 SHORTEST = 0.02                # length of a stage, below which a clustering is refused (D20)
 CLUSTER_SEED = 10 ** 9         # far from usual seeds
 SHIPPED = {}                   # weights of a method, if not weights.pt
-WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of all, in which it falls
+WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; share of all in which it falls (D14)
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
@@ -76,7 +76,7 @@ CONFIG = {
         "ema":        (0.999, (0, 1), "decay of the averaged weights"),
         "flip":       (0, (0, 1), "1: random horizontal flips"),
         "save_every": (500, (1, 10 ** 8), "steps between checkpoints"),
-        "shares":     ([1.0], (0, 1), "METHOD: of the draws, for each stage from the data's on; 1: alike (D8)"),
+        "shares":     ([1.0], (0, 1), "METHOD: each stage's share of the draws of t, stage 0 first; 1: equal (D8)"),
     },
     "method": {
         "nfe":        (20, (1, 1000), "evaluations of the network"),
@@ -173,7 +173,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
+    """Way up and output, of base width `ch`: h, skips of `widths` channels -> (B, C, H, W). Every step up takes one
+    skip, the last one first."""
 
     def __init__(self, channels, widths, ch, mult, blocks, attention, patch):
         super().__init__()
@@ -195,9 +196,9 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """v_hat (B, C, H, W) (D19) from xt (B, C, H, W), 999 t (B,) and stage, an int or int64 (B,). Fully convolutional: H
-    and W are any multiples of patch * 2^(levels - 1). METHOD: Sec. 3.1: one encoder for all stages, a decoder for each,
-    of the base width in `widths`, stage 0 (next to the data) first; widths [ch] is a plain U-Net."""
+    """v_hat (B, C, H, W) (D19) from xt (B, C, H, W), 999 t (B,) (the official label) and stage, an int or int64 (B,). H
+    and W are any multiples of patch * 2^(levels - 1). METHOD: Sec. 3.1: one encoder, with the embedding of t and the
+    bottom (D9), for all stages; for each a decoder of the base width in `widths`, stage 0 first; [ch]: plain U-Net."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch, widths):              # METHOD: widths
         super().__init__()
@@ -257,7 +258,7 @@ def stage_of(t, edges):
 
 
 def common_groups(ch, width):
-    """METHOD: groups of a decoder's norms, which see channels in multiples of both widths: at most 32, of 4 or more."""
+    """METHOD: groups of a decoder's norms, which see multiples of the widths' gcd (D11): at most 32, of 4 or more."""
     return max(g for g in range(1, 33) if math.gcd(ch, width) % g == 0 and 4 * g <= min(ch, width))
 
 
@@ -267,8 +268,7 @@ def by_stage(stage, n, run, *inputs):
     its results are put back in order. Raises ValueError for a stage outside 0 .. n - 1."""
     stages = [stage] if isinstance(stage, int) else stage.tolist()
     if not 0 <= min(stages) <= max(stages) < n:
-        raise ValueError(f"there is no decoder for stage {min(stages) if min(stages) < 0 else max(stages)}: the "
-                         f"network has {n}")
+        raise ValueError(f"no decoder for stage {min(stages)} or {max(stages)}: the network has {n}")
     if isinstance(stage, int):
         return run(stage, *inputs)
     order = None if stages == sorted(stages) else stage.argsort()
@@ -292,9 +292,9 @@ def optimal_denoiser(xt, scale, sigma, data, part=2 ** 22):
     y = y - mean                                               # smaller numbers, smaller rounding errors
     half, rows = y.square().sum(1) / 2, max(1, part // len(y))
     xhat, means = xt.flatten(1) / scale, []
-    for x, s in zip(xhat.split(rows), sigma.split(rows)):
+    for x, std in zip(xhat.split(rows), sigma.split(rows)):
         score = torch.addmm(half, x - mean, y.T, beta=-1)                      # |x|^2 / 2 is the same for all y
-        means.append(((score - score.amax(1, True)) / s ** 2).softmax(1) @ y + mean)
+        means.append(((score - score.amax(1, True)) / std ** 2).softmax(1) @ y + mean)
     return ((xhat - torch.cat(means)) / sigma).view_as(xt)
 
 
@@ -320,8 +320,8 @@ def similarity_to_ends(data, samples, eta=ETA, seed=CLUSTER_SEED):
 
 
 def first_crossing(t, similarity, alpha=ALPHA):
-    """METHOD: Eq. 7: the tau up to which the running mean of the similarity (K,), at the rising t (K,), is at least
-    alpha, from 0 on: where it falls below for the first time (D2)."""
+    """METHOD: Eq. 7 (Algorithm 1): the tau at which the mean of the similarity (K,) over all t (K,), rising, up to tau
+    falls below alpha for the first time (D2)."""
     below = similarity.cumsum(0) / torch.arange(1, len(t) + 1) < alpha
     k = int(below.int().argmax()) if below.any() else len(t)                   # samples before the first fall
     return float(t[max(k - 1, 0)])
@@ -364,7 +364,7 @@ def best_partition(similarity, n):
 def cluster_timesteps(method, n, data, samples=SAMPLES):
     """METHOD: Sec. 3.2: edges [t1 .. t_(n-1)] of n stages, and a report (a dict of what was found).
 
-    method: optimal: Algorithm 1 (n = 3) or 2; optimal2: Algorithm 2 for any n. data (N, C, R, R): floats as the network
+    method: optimal: Algorithm 1 (n = 3) or 2 (App. B); optimal2: 2 for any n. data (N, C, R, R): floats as the network
     sees them, images in [-1, 1]. Raises ValueError for other data and if a stage would be shorter than SHORTEST."""
     if not data.is_floating_point() or not data.abs().max() < 100 or data.min() >= 0:
         raise ValueError(f"data of {data.dtype}, {data.min()} .. {data.max()}: give floats in [-1, 1], not [0, 1]")
@@ -429,7 +429,7 @@ def draw_batch(config, x, y, step):
 
 def training_loss(net, config, x0, t, eps):
     """Mean squared error of v_hat, v = s (eps - sigma x0) (D19). METHOD: by the decoder of each sample's own stage."""
-    level = t.cpu()                                            # a short wait: the copies to the device have waited
+    level = t.cpu()                                            # float64 from here, and stages are counted there
     sigma = sigma_of(level).view(-1, 1, 1, 1)
     scale, sigma = scale_of(sigma).to(x0), sigma.to(x0)
     v_hat = net(scale * (x0 + sigma * eps), 999 * t, stage_of(level, config["edges"]))
@@ -455,8 +455,8 @@ def solver_orders(nfe, order):
 
 
 def dpm_solver_step(eps_model, x, lam, lam_next, order):
-    """DPM-Solver-1, -2 or -3 from lambda to lambda_next, lambda = -log sigma, in x = xt / s_t: there the exact solution
-    is x - the integral of eps over sigma, from the next sigma up. eps_model(x, lambda)."""
+    """DPM-Solver-1, -2 or -3 from lambda to lambda_next, lambda = -log sigma, in x = xt / s_t, for which the ODE is
+    dx = eps dsigma. eps_model(x, lambda)."""
     h, sigma = lam_next - lam, lambda v: math.exp(-v)
     eps = eps_model(x, lam)
     if order == 1:

@@ -45,7 +45,7 @@ SAMPLES = 10_000               # K of Algorithms 1 and 2 (D4; the paper: 50,000)
 SHORTEST = 0.02                # length of a stage, below which a clustering is refused (D20)
 CLUSTER_SEED = 10 ** 9         # far from usual seeds
 SHIPPED = {}                   # weights of a method, if not weights.pt
-WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; share of all in which it falls (D14)
+WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of all, in which it falls
 
 # Every entry is an option: its default, what is allowed, what it is.
 CONFIG = {
@@ -173,8 +173,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Way up and output, of base width `ch`: h, skips of `widths` channels -> (B, C, H, W). Every step up takes one
-    skip, the last one first."""
+    """Way up and output: h, skips -> (B, C, H, W); every step up takes one skip, the last one first."""
 
     def __init__(self, channels, widths, ch, mult, blocks, attention, patch):
         super().__init__()

@@ -12,10 +12,10 @@ step after the other, between its neighbours, whenever 16 images come closer to 
     python c2f_trd.py --train --init runs/base/checkpoint.pt --low 8 --lr 3e-4 --sample --out runs/two     # C2F, TRD
     torchrun --nproc_per_node=2 -- c2f_trd.py --train        # two processes, or two GPUs
 
-Symbols: t_T .. t_0 -> taus[0] .. taus[-1], K falling steps, all evaluated (the paper's T is our K; its i runs the other
-way; after t_0 comes clean data, its x_t0, ours x0 at t = -1, alpha_bar[-1] = 1); T^c, T^f -> low_steps, steps;
-x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 between the stages; C_i, n -> candidate_steps, n; t* -> t_star.
-(D1), (D2), ...: what the paper leaves open, or we change, results/c2f_trd/README.md.
+Symbols: t_T .. t_0 -> taus[0] .. taus[-1], K falling steps, all evaluated (D2); K: the paper's T, not our T = 1000; its
+i runs the other way; after t_0 comes clean data, its x_t0, ours x0 at t = -1, alpha_bar[-1] = 1; T^c, T^f -> low_steps,
+steps; t_T^f -> high_taus[0]; t* -> t_star; x_hat^i_t0 -> x0_hat; x_bar_t0 -> x0 between the stages; C_i, n ->
+candidate_steps, n. (D1), (D2), ...: what the paper leaves open, or we change, results/c2f_trd/README.md.
 """
 import copy
 import itertools
@@ -43,7 +43,7 @@ VARIANCE = 0.99                # share of the variance that defines the cut inde
 PCA = 1024                     # samples of the transition step's PCA (D3)
 CALIBRATION_SEED, PCA_SEED = 10 ** 9, 3 * 10 ** 9              # far from usual seeds
 ORDER = {"ddim": 1, "dpm2": 2}                                 # of the solvers; dpm2: DPM-Solver++ 2M
-POWERS = {"inclusive": None, "exclusive": 1}                   # of uniform_steps
+POWERS = {"inclusive": None, "exclusive": 1}                   # p of uniform_steps
 BEST_OF = (None, 1, 1.25, 1.5, 1.75, 2, 2.5)                   # the powers that --start best compares (D12)
 SHIPPED = {"base": "base.pt", "trd": "base.pt"}                # weights of a method, if not weights.pt
 WARMUP, DECAY = 200, 0.3       # steps in which the learning rate rises; last share of all, in which it falls
@@ -82,8 +82,8 @@ CONFIG = {
         "solver":     ("dpm2", tuple(ORDER), "ddim, dpm2 (DPM-Solver++ 2M)"),
         "steps":      (5, (1, T), "steps at full resolution, T^f"),
         "low_steps":  (10, (1, T), "steps at low resolution, T^c"),
-        "t_star":     (0, (0, T - 1), "first step at full resolution; 0: found by PCA (III-A3)"),
-        "start":      ("inclusive", tuple(POWERS) + ("best",), "uniform steps: inclusive (D1), exclusive, best (D12)"),
+        "t_star":     (0, (0, T - 1), "first step at full resolution, before TRD; 0: by PCA (III-A3)"),
+        "start":      ("inclusive", tuple(POWERS) + ("best",), "initial steps: inclusive (D1), exclusive, best (D12)"),
     },
 }
 
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """v_hat (B, C, H, W) from xt (B, C, H, W) and t (B,). Fully convolutional: H and W are any multiples of
     patch * 2^(levels - 1). Attention is tied to levels, not to sizes, so that the same weights run at every
-    resolution. labels: number of labels, told by y (B,)."""
+    resolution. labels: number of resolutions, told by y (B,)."""
 
     def __init__(self, channels, ch, mult, blocks, attention, patch, labels=0):
         super().__init__()
@@ -219,7 +219,7 @@ class UNet(nn.Module):
 def build_net(config):
     """The network of a configuration, on the CPU."""
     net = UNet(config["channels"], *(config[k] for k in ("ch", "mult", "blocks", "attention", "patch")),
-               labels=2 if config["low"] else 0)               # METHOD: 0: low, 1: high resolution
+               labels=2 if config["low"] else 0)               # METHOD: y: 0 low, 1 high resolution
     return net.to(memory_format=torch.channels_last)
 
 
@@ -235,8 +235,8 @@ def renoise(x0, eps, t, alpha_bar):
 
 def candidate_steps(taus, i, n=CANDIDATES):
     """METHOD: Eq. 3: n steps that divide the gap between the neighbours of taus[i], rounded half up, without neighbours
-    and taus[i] itself (keeping it needs no evaluation). The first and the last step have one neighbour: the gap
-    between it and them is divided, so they can only move inwards (D2). A single step has the whole range."""
+    and taus[i] itself (keeping it needs no evaluation). The first and the last step divide the gap to their only
+    neighbour, so they can only move inwards (D2). A single step has the whole range."""
     above, below = taus[max(i - 1, 0)], taus[min(i + 1, len(taus) - 1)]
     if len(taus) == 1:
         above, below = T, -1
@@ -320,7 +320,7 @@ def dpm_solver_pp_sample(eps_model, xt, taus, alpha_bar, order=2, start=0, stop=
 
     eps_model(xt, t (B,) int64) -> eps_hat. taus: strictly descending steps in 0 .. T - 1, all evaluated, then t = -1;
     an entry may be a tensor (B,), a step for every sample. alpha_bar: linear_alpha_bar(T), which ends in 1. The first
-    step and the last are of order 1. start, stop, history: to continue a run that was left before evaluation
+    step and the last are of order 1 (D7). start, stop, history: to continue a run that was left before evaluation
     `start`, or to leave it before `stop`. trace(xt, history): called after each evaluation.
     Raises ValueError if the steps do not fall or alpha_bar does not end in 1."""
     plain = [int(t) for t in taus if not torch.is_tensor(t) or t.numel() == 1]
@@ -345,7 +345,7 @@ def dpm_solver_pp_sample(eps_model, xt, taus, alpha_bar, order=2, start=0, stop=
 def c2f_sample(stages, sequences, alpha_bar, order=1, x0=None):
     """METHOD: III-A1, III-C: denoise at each resolution in turn. stages: [(eps_model, noise), ...], low to high;
     sequences: their taus. Between stages x0 is up-sampled and re-noised to the first step of the next sequence, and
-    the solver's history starts anew. x0: result of the stages before, if any. One stage without x0 is plain sampling.
+    the solver's history starts anew (D7). x0: result of stages before, if any. One stage without x0 is plain sampling.
     Returns x0 at the last stage's resolution."""
     for (eps_model, noise), taus in zip(stages, sequences):
         xt = noise if x0 is None else renoise(x0, noise, taus[0], alpha_bar)
@@ -355,7 +355,7 @@ def c2f_sample(stages, sequences, alpha_bar, order=1, x0=None):
 
 def uniform_steps(first, K, power=None):
     """K falling steps from `first` down: linspace to 0, both ends (D1), or, given a power p, first (1 - k / K)^p: p = 1
-    is linspace without the 0, a larger p is denser next to the data. Equal ones are pushed apart."""
+    is linspace(K + 1) without its 0, a larger p is denser next to the data (D12). Equal ones are pushed apart."""
     last = max(K - 1, 1)
     steps = [first * (K - k) ** power / K ** power if power else first * (last - k) / last for k in range(K)]
     steps = [int(step + 0.5) for step in steps]
@@ -384,7 +384,7 @@ def stages_of(net, config, plan, seeds, device):
     high, low = ((config["channels"], r, r) for r in (config["res"], config["low"]))
     if not config["low"]:
         return [(model_of(net, config), noise_for(seeds, high).to(device))], [plan["high_taus"]]
-    z_high, z_low = (z.to(device) for z in noise_for(seeds, high, low))        # METHOD: a noise for each resolution
+    z_high, z_low = (z.to(device) for z in noise_for(seeds, high, low))        # METHOD: z_high: the base model's (D6)
     stages = [(model_of(net, config, 0), z_low), (model_of(net, config, 1), z_high)]
     sequences = [plan["low_taus"], plan["high_taus"]]
     return (stages, sequences) if plan["low_taus"] else (stages[1:], sequences[1:])        # preview: high only
@@ -409,7 +409,7 @@ def sample(net, config, plan, seeds, device):
 # Search: transition step (Sec. III-A3) and time step sequence, TRD (Sec. III-B)
 # ---------------------------------------------------------------------------------------------
 def cut_index(x, share=VARIANCE):
-    """Smallest number of principal components that hold `share` of the variance of x (n, C, H, W)."""
+    """METHOD: III-A3: smallest number of principal components with `share` of the variance of x (N, C, H, W)."""
     x = x.flatten(1).cpu().double()
     x = x - x.mean(0)
     gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T                     # same eigenvalues
@@ -420,7 +420,7 @@ def cut_index(x, share=VARIANCE):
 def transition_step(eps_model, noise, taus, alpha_bar, share=VARIANCE):
     """METHOD: III-A3: t*, the step at which the low-resolution prediction x0_hat has its lowest rank.
 
-    eps_model: of the low resolution; noise (n, C, r, r), n >= 512 (fewer raise t*, D3); taus: 100 uniform
+    eps_model: of the low resolution; noise (N, C, r, r), N >= 512 (fewer raise t*, D3); taus: 100 uniform
     steps. Returns t* (the first reached of equal ranks, D3) and the list of (t, cut index)."""
     ranks = []
 
@@ -434,14 +434,14 @@ def transition_step(eps_model, noise, taus, alpha_bar, share=VARIANCE):
 
 @torch.no_grad()
 def trd_search(stages, sequences, x_ref, alpha_bar, order=1, x0=None, n=CANDIDATES, sweeps=SWEEPS):
-    """METHOD: III-B, III-C: time step sequence redistribution. Substitutes one step after the other by the candidate
-    whose samples come closest to the reference, if they come closer than before, until a sweep changes nothing.
+    """METHOD: III-B, III-C: TRD. Substitutes step after step by the candidate whose samples come closest to the
+    reference, if closer than before, until a sweep (the paper's iteration) changes nothing, or `sweeps` times.
 
-    stages, sequences, x0: as in c2f_sample; one stage [(eps_model, noise)] searches a plain sampler. An eps_model is
-    called with up to n copies of the batch as one: what it knows of each sample has to be repeated alike.
+    stages, sequences, x0: as in c2f_sample. An eps_model is called with up to n copies of the batch, one after the
+    other: labels that it holds have to be repeated so.
     x_ref (B, C, R, R): samples of the reference model for the same noise. Loss: mean squared error.
-    Steps are visited from the last one evaluated, t_0, to the first, t_T (D2), so one pass per sweep yields the
-    states before all of them; only what follows the changed step is evaluated, for all its candidates in one batch.
+    Steps are visited from the last one evaluated, t_0 of the last stage, to the first, t_T (D2), so one pass per sweep
+    yields the states before all of them; only what follows the changed step is evaluated, all candidates in one batch.
     Returns the sequences and a report: loss after each sweep (the first entry: before), evaluations per sample of
     each stage, seconds of this function."""
     begun, B, S = time.time(), len(x_ref), len(stages)
@@ -465,12 +465,12 @@ def trd_search(stages, sequences, x_ref, alpha_bar, order=1, x0=None, n=CANDIDAT
     for sweep in range(1, sweeps + 1):
         begins, states = [x0], []                              # x0 before stage s; (xt, history) at its evaluations
         for s, (eps_model, noise) in enumerate(stages):
-            trace, taus = [], sequences[s]
+            taus = sequences[s]
+            states.append([])
             xt = noise if begins[s] is None else renoise(begins[s], noise, taus[0], alpha_bar)
             begins.append(dpm_solver_pp_sample(
                 eps_model, xt, taus, alpha_bar, order, stop=len(taus) - 1 if s == S - 1 else None,
-                trace=lambda x, past: trace.append((x, past))))
-            states.append(trace)
+                trace=lambda *state: states[-1].append(state)))
         changed, positions = False, [(s, i) for s in reversed(range(S)) for i in reversed(range(len(sequences[s])))]
         for s, i in progress(positions, f"TRD sweep {sweep}", note=lambda: f"loss {best:.3e}"):
             taus, (eps_model, noise) = sequences[s], stages[s]                 # the list itself, changed below
@@ -526,14 +526,14 @@ def search(net, config, device):
     if coarse:
         if not (t_star := config["t_star"]):
             seeds = range(PCA_SEED, PCA_SEED + PCA)
-            stages, _ = stages_of(net, config, dict(low_taus=grid, high_taus=grid), seeds, device)
+            stages, _ = stages_of(net, config, dict(low_taus=grid, high_taus=[]), seeds, device)
             t_star, plan["ranks"] = transition_step(*stages[0], grid, alpha_bar)
         plan["t_star"], spans = t_star, [(T - 1, config["low_steps"]), (t_star, K)]
         reference = dict(low_taus=grid, high_taus=[t for t in grid if t <= t_star])      # D10
     seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION)
     stages, grids = stages_of(net, config, reference, seeds, device)
     if "trd" in method or config["start"] == "best":
-        x_ref = c2f_sample(stages, grids, alpha_bar)           # by DDIM, whatever --solver (D10)
+        x_ref = c2f_sample(stages, grids, alpha_bar, order=1)  # DDIM, whatever --solver (D10)
     powers = BEST_OF if config["start"] == "best" else [POWERS[config["start"]]]
     starts = [[uniform_steps(*span, p) for span, p in zip(spans, ps)]
               for ps in itertools.product(powers, repeat=len(spans))]

@@ -14,8 +14,8 @@ all resolutions in each step, as fast as a cascade and as small as its largest m
     torchrun --nproc_per_node=2 -- lowdiff.py --train        # two processes, or two GPUs
 
 Symbols: res_1 < .. < res_n -> stages; y_i -> x0 at each of them; D -> x0_hat; sigma, e -> sigma, eps of the image; s,
-e' -> s, eps_z of the condition z; N -> steps (Heun's, of a stage); K, not the K of the other files -> evaluations (of
-the network, of the 2N - 1 there are). (D1), ...: the paper is silent, or we differ: results/lowdiff/README.md.
+e' -> s, eps_z of the condition z; N -> steps (Heun's, of a stage); K -> evaluations, --truncate (of the network, of the
+2N - 1 there are). METHOD: there because of the paper. (D1), ...: it is silent, or we differ: results/lowdiff/README.md.
 """
 import copy
 import math
@@ -33,7 +33,7 @@ from common import (LossModule, autocast, begin_run, extract, feature_stats, fin
                     run_main, save_grid, save_json, save_run, save_samples, start_device, to_float, to_uint8)
 
 SCRIPT = "lowdiff"
-SIGMA_DATA = 0.5               # EDM's, at every resolution (Sec. 4.1: settings retained; D9)
+SIGMA_DATA = 0.5               # EDM's, at every resolution (Sec. 4.1: settings retained, its "VP": D16; D9)
 P_MEAN, P_STD, RHO = -1.2, 1.2, 7      # EDM: ln sigma of training is normal (Table 1); curvature of the levels (Eq. 5)
 SIGMA_RANGE = (0.002, 80.0)    # of the first stage: EDM's (Table 10)
 COND_RANGE = (0.01, 50.0)      # METHOD: of a conditioned stage (Table 10, D8)
@@ -81,7 +81,7 @@ CONFIG = {
     },
     "method": {
         "steps":      ([0], (0, 1000), "Heun steps N of each stage, low to high; 0 alone: as searched, or the paper's"),
-        "truncate":   ([0], (0, 10 ** 4), "evaluations K of each stage but the last; 0 alone: the same"),
+        "truncate":   ([0], (0, 10 ** 4), "METHOD: evaluations K of each stage but the last; 0 alone: as --steps"),
         "sigma_min":  ([0.0], (0, 10), "METHOD: last level above 0 of each stage, low to high; 0: the paper's"),
         "classes":    ([-1], (-1, 10 ** 6), "numbers of the classes to draw, in turn; -1: all"),
     },
@@ -169,9 +169,9 @@ class Encoder(nn.Module):
         self.mid = nn.ModuleList([ResBlock(c, c, c_emb, groups), Attention(c, groups), ResBlock(c, c, c_emb, groups)])
 
     def forward(self, xt, emb):
-        r = xt.shape[-1]                                                       # METHOD: 3.3, only the inner levels
+        r = xt.shape[-1]                                                       # METHOD
         skips = [self.conv_in[str(r)](F.pixel_unshuffle(xt, self.patch))]      # METHOD
-        for layers in self.down[self.first[r]:]:                                # METHOD
+        for layers in self.down[self.first[r]:]:                               # METHOD: 3.3, only the inner levels
             skips.append(run_layers(layers, skips[-1], emb))
         return run_layers(self.mid, skips[-1], emb), skips
 
@@ -267,11 +267,11 @@ def denoise(net, xt, sigma, z=None, s=None, y=None):
     METHOD: 3.2: z (B, C, r, r), the up-sampled image of the stage below, with noise of level s (B,), enters as further
     channels, scaled by its own 1 / sqrt(s^2 + sigma_data^2) (D4). c_skip acts on the image alone."""
     t, sigma = 250 * sigma.log(), sigma.view(-1, 1, 1, 1)
-    total = (sigma ** 2 + SIGMA_DATA ** 2).sqrt()
-    x = xt / total
+    total = (sigma ** 2 + SIGMA_DATA ** 2).sqrt()              # 1 / c_in
+    c_skip, c_out, x = (SIGMA_DATA / total) ** 2, sigma * SIGMA_DATA / total, xt / total
     if z is not None:                                          # METHOD
         x = torch.cat([x, z / (s.view(-1, 1, 1, 1) ** 2 + SIGMA_DATA ** 2).sqrt()], dim=1)     # METHOD
-    return (SIGMA_DATA / total) ** 2 * xt + sigma * SIGMA_DATA / total * net(x, t, y).to(xt.dtype)
+    return c_skip * xt + c_out * net(x, t, y).to(xt.dtype)
 
 
 def edm_loss(net, x0, sigma, eps, z=None, s=None, y=None):
@@ -312,7 +312,7 @@ def load_data(config):
     try:
         config["s_mean"] = [float(s) for s in config["s_mean"]]
         assert len(config["s_mean"]) == n and math.isfinite(sum(config["s_mean"]))
-        assert n or "s_std" not in config.get("given", ())
+        assert n or "s_std" not in config.get("given", ())     # there is no condition
     except (AssertionError, ValueError):
         raise ValueError(f"--s-mean {config['s_mean']}, --s-std: {n + 1} stages have {n} conditions") from None
     return x, y
@@ -335,7 +335,7 @@ def draw_batch(config, x, y, step):
 
 def training_loss(net, config, x0, y, sigma, s, *noise):
     """METHOD: 3.2, 3.4, Algorithm 1: EDM's losses of all resolutions, added; above the lowest with the image below as a
-    condition, with noise of a level of its own (truncation augmentation). Divided by the largest's values (D9)."""
+    condition, with noise of a level of its own (truncation augmentation). Divided by the last image's size (D9)."""
     n, y = len(config["stages"]), y if config["labels"] else None
     images, eps, eps_z = pyramid_of(x0, n), noise[:n], noise[n:]
     loss = edm_loss(net, images[0], sigma[:, 0], eps[0], y=y)
@@ -360,7 +360,7 @@ def noise_levels(steps, sigma_min, sigma_max):
 
 
 def stop_level(sigmas, evaluations, per_step=2):
-    """METHOD: the level reached after `evaluations` (None: all) of a solver of `per_step` a step; begun ones count."""
+    """METHOD: the level reached after `evaluations` (None: all) at `per_step` a step; a step begun counts (D6)."""
     return sigmas[-1] if evaluations is None else sigmas[math.ceil(evaluations / per_step)]
 
 
@@ -389,16 +389,16 @@ def heun_sample(denoiser, noise, sigmas, evaluations=None):
     return xt
 
 
-def cascade_sample(stages, solver=heun_sample, per_step=2):
-    """METHOD: 3.4, Algorithm 2: from the lowest resolution up, each stage truncated but the last and handed on,
+def cascade_sample(parts, solver=heun_sample, per_step=2):
+    """METHOD: 3.4, Algorithm 2: from the lowest resolution up, each stage but the last truncated and handed on,
     noisy as it is, as the condition of the next.
 
-    stages: [(denoiser, noise (B, C, r, r), sigmas, evaluations), ...], low to high;
+    parts: [(denoiser, noise (B, C, r, r), sigmas, evaluations), ...], low to high;
     denoiser(xt, sigma, z, s) -> x0_hat; z, s: up-sampled image and level of the stage below, None in the first;
-    evaluations: None for all that the schedule has. solver, per_step: another one, and its evaluations a step.
+    evaluations: None for all of the schedule; solver, per_step: another one (latents: Euler's), its evaluations a step.
     One stage is EDM. Returns the images of every stage, the last one clean."""
     images, z, s = [], None, None
-    for denoiser, noise, sigmas, evaluations in stages:
+    for denoiser, noise, sigmas, evaluations in parts:
         images.append(solver(lambda xt, sigma: denoiser(xt, sigma, z, s), noise, sigmas, evaluations))
         z, s = upsample(images[-1]).to(noise.dtype), stop_level(sigmas, evaluations, per_step)
     return images
@@ -406,7 +406,7 @@ def cascade_sample(stages, solver=heun_sample, per_step=2):
 
 def paper_plan(stages, steps=(0,), truncate=(0,), sigma_min=(0,)):
     """METHOD: what is sampled: steps N, evaluations K, noise range of each stage, low to high. steps, truncate,
-    sigma_min: of each stage (truncate: but the last); 0: the paper's (N: D7). ValueError if their number is wrong."""
+    sigma_min: of each stage (truncate: but the last); 0s: the paper's (N: D7). ValueError if they do not fit."""
     n = len(stages)
     usual = *SCHEDULES.get(tuple(stages), ([18] * (n - 1) + [9 if n > 1 else 18], [19] * (n - 1))), [0] * n
     steps, truncate, sigma_min = (a if any(a) else b for a, b in zip((steps, truncate, sigma_min), usual))
@@ -442,7 +442,7 @@ def classes_of(config, seeds):
 
 def generate(net, config, plan, seeds, device):
     """Images (n, C, R, R) of a plan, one for each seed."""
-    noise = noise_for(seeds, *((config["channels"], r, r) for r in reversed(plan["stages"])))  # EDM's first
+    noise = noise_for(seeds, *((config["channels"], r, r) for r in reversed(plan["stages"])))  # R first, as EDM's
     noise = [noise] if torch.is_tensor(noise) else noise[::-1]
     y = classes_of(config, seeds).to(device) if config["labels"] else None
 
@@ -479,7 +479,8 @@ def search(net, config, device):
     if len(plan["stages"]) == 1:
         raise ValueError("--search: one stage (EDM) has no truncation to search")
     (extractor, name), x = load_extractor(config["data"], device), load_images(config["data"], config["res"])[0]
-    reference, config = feature_stats(extract(extractor, x[::-(-len(x) // REFERENCE_N)])[0]), dict(config, classes=[-1])
+    reference = feature_stats(extract(extractor, x[::math.ceil(len(x) / REFERENCE_N)])[0])
+    config = dict(config, classes=[-1])                        # all classes: x has them
     plan.update(step=config["step"], network=config.get("digest"), searched=[])
     for i, (r, N) in enumerate(zip(plan["stages"][:-1], plan["steps"])):
         found, before = {}, plan["evaluations"]
@@ -514,7 +515,7 @@ def make_plan(net, config, device):
     """The plan of the command line; else one that was searched with the same network; else the paper's."""
     plan, told = plan_of(config), any(config["steps"] + config["truncate"] + config.get("sigma_min", []))
     found = None if told else find_plan(config, plan_name(config), plan)
-    for ranges in ("sigma_min", "sigma_max") if found else ():                     # its numbers must fit
+    for ranges in ("sigma_min", "sigma_max") if found else ():                     # raises if they do not fit
         paper_plan(plan["stages"], found["steps"], found["evaluations"][:-1], found.get(ranges, ()))
     return found or plan
 

@@ -1,9 +1,9 @@
 """PostDiff: Fewer Denoising Steps or Cheaper Per-Step Inference (arXiv 2508.06160).
 
-A text-to-image model becomes cheaper without training by fewer steps or by cheaper ones: PostDiff.
+A text-to-image model becomes cheaper without training by fewer steps or, in PostDiff, by cheaper ones.
 Mixed resolution: the first share s of the steps runs on a smaller image, whose predicted x0 is up-sampled and
 re-noised. Hybrid caching: the deep part of the U-Net runs every k-th step (DeepCache); after the share m of the
-steps guidance ends, and every cross-attention gives what it gave last.
+steps guidance ends, and every cross-attention gives what it last gave for the text.
 
     python postdiff.py --sample --prompt "cat face" "Rainbow flag!"         # a third of the MACs
     python postdiff.py --sample --method base                # off switch: plain guidance
@@ -12,9 +12,9 @@ steps guidance ends, and every cross-attention gives what it gave last.
     python postdiff.py --train --init runs/base/checkpoint.pt --low-share 0.5 --lr 3e-4 --out runs/tuned     # App. F
     torchrun --nproc_per_node=2 -- postdiff.py --train       # two processes or GPUs
 
-Symbols: T (denoising steps) -> K, their sequence -> taus; x^l, x^f -> low and full resolution; beta, s, k, m, w as in
-the paper (s, m: shares, m = 15 of 20 is .75; n_low, n_guided: numbers); CA_cache -> frozen; null text -> null;
-alpha_bar[-1] = 1 is clean data (t = -1). (D1), (D2), ...: what the paper leaves open, results/postdiff/README.md.
+Symbols: T (denoising steps) -> K, their sequence -> taus; alpha_t -> alpha_bar; x_T^l -> low_noise; Eq. 5's eps ->
+noise; c -> text; null text -> null; CA_cache -> frozen; beta, s, k, m, w as in the paper (s, m: shares, m = 15 of 20:
+.75; n_low, n_guided: numbers); alpha_bar[-1] = 1: clean data. (D1), ...: open, or changed: results/postdiff/README.md.
 """
 import copy
 import re
@@ -38,7 +38,7 @@ T = 1000                       # diffusion steps; linear beta 1e-4 .. 0.02 (DDPM
 WORDS, C_TEXT = 12, 64         # words of a caption; width of the text's features (D14)
 DROP = 0.1                     # share of captions replaced by the null text, for guidance (D14)
 BUDGET, REFERENCE_STEPS = 0.4, 20                      # calibration: share of 20 steps' MACs (D10)
-STEPS, SHARES = (6, 8, 12, 16, 20), (0, 0.25, 0.5)     # tried: K, s (but for base, cache)
+STEPS, SHARES = (6, 8, 12, 16, 20), (0, 0.25, 0.5)     # tried: K, s
 CALIBRATION, CALIBRATION_SEED = 250, 10 ** 9           # its images, first seed
 ORDER = {"ddim": 1, "dpm2": 2}                         # of the solvers; dpm2: DPM-Solver++ 2M
 CHOICES = ("cond", "ave", "uncond", "cfg", "none")     # Sec. 2.5; none: no cache
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):       # METHOD: all of it
-    """The pixels look at the text's features (B, L, C_TEXT), one head; the output is noted in the dict `used`. An
+    """The pixels look at the text's features (B, L, C_TEXT), one head (D13); the output is noted in the dict `used`. An
     earlier one in `cross`, (B, c, h, w), is used instead, resized if made at low resolution (D7)."""
 
     def __init__(self, c, groups):
@@ -250,8 +250,8 @@ class UNet(nn.Module):
         self.text = TextEncoder(words)                         # METHOD
 
     def forward(self, xt, t, text, deep=None, cross=None, depth=1):
-        """Returns x0_hat, deep, cross. METHOD: Sec. 2.5: the caches go in and come out. deep: what entered the step up
-        -(depth + 1) when last computed: given, only the outermost depth + 1 stages of either way run (D5). cross:
+        """Returns x0_hat, deep, cross. METHOD: Sec. 2.5: the caches go in and come out. deep: the last input of
+        decoder.up[-1 - depth]: given, only conv_in, encoder.down[:depth] and decoder.up[-1 - depth:] run (D5). cross:
         {layer: output} of cross-attentions to be reused; out come all that took part."""
         emb = self.emb(timestep_embedding(t, self.ch))
         emb = F.silu(emb)
@@ -269,20 +269,20 @@ def build_net(config):
 # ---------------------------------------------------------------------------------------------
 # Method: hybrid caching (Sec. 2.5), switch of resolution (Sec. 2.2), one step each
 # ---------------------------------------------------------------------------------------------
-EMPTY = dict(size=None, age=0, deep=None, cross={}, frozen={})
+EMPTY = dict(size=None, age=0, deep=None, last={}, frozen={})
 
 
 def cached_eps(net, xt, t, text, null, w, cache, k=1, depth=1):
     """METHOD: Sec. 2.5, Eq. 6: eps_hat of one step, and the cache for the next.
 
-    net(xt, t, text, deep=, cross=, depth=) -> eps_hat, deep, cross: see UNet.forward. text, null: what it takes
+    net(xt, t, text, deep=, cross=, depth=) -> eps_hat, deep, cross: model_of a UNet. text, null: what it takes
     (B, L, ...). w: guidance weight; None: the text's half alone. cache: EMPTY at first, then what the last call
     returned; it is not changed. size: of the input; age: calls since (and with) the last full pass; deep: its deep
-    features; cross: the last outputs of all cross-attentions; frozen: those to be reused."""
-    x, s, y = (xt, t, text) if w is None else (torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([null, text]))
-    full = cache["age"] in (0, k) or cache["size"] != x.shape                  # D4, D6
-    eps_hat, deep, used = net(x, s, y, deep=None if full else cache["deep"], cross=cache["frozen"], depth=depth)
-    cache = dict(size=x.shape, age=1 if full else cache["age"] + 1, deep=deep, cross={**cache["cross"], **used},
+    features; last: all cross-attentions' last outputs; frozen: of these, CA_cache."""
+    xt, t, text = (xt, t, text) if w is None else (torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([null, text]))
+    full = cache["age"] == k or cache["size"] != xt.shape                      # D4, D6
+    eps_hat, deep, used = net(xt, t, text, deep=None if full else cache["deep"], cross=cache["frozen"], depth=depth)
+    cache = dict(size=xt.shape, age=1 if full else cache["age"] + 1, deep=deep, last={**cache["last"], **used},
                  frozen={i: used.get(i, old) for i, old in cache["frozen"].items()})    # resized once (D7)
     if w is not None:
         eps_null, eps_text = eps_hat.chunk(2)
@@ -298,7 +298,7 @@ def choose(out, choice, w):
 
 def freeze_cross(cache, choice, w):
     """METHOD: Sec. 2.5: from now on every cross-attention gives its last output. w None: there are no pairs (D8)."""
-    return dict(cache, frozen={i: out if w is None else choose(out, choice, w) for i, out in cache["cross"].items()})
+    return dict(cache, frozen={i: out if w is None else choose(out, choice, w) for i, out in cache["last"].items()})
 
 
 def switch_resolution(x0_hat, eps, t, alpha_bar):
@@ -373,7 +373,7 @@ def eps_of_x0(x0_hat, xt, t, alpha_bar):
 
 
 def training_loss(net, config, x0, t, eps, text):
-    """Mean squared error of x0_hat in units of the noise, at least 0.1: of v_hat but for the last noise (D16)."""
+    """Mean squared error of x0_hat over max(sigma, 0.1): that of v_hat, but for the last noise (D16)."""
     alpha_bar = linear_alpha_bar(T)
     _, sigma = scale_and_sigma(t, alpha_bar, x0)
     x0_hat, _, _ = net(add_noise(x0, eps, t, alpha_bar), t, text)
@@ -411,7 +411,7 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
 
     net, text, null, w: see cached_eps. noise (B, C, R, R): the start, or with n_low > 0 what is added at the switch;
     low_noise (B, C, r, r): the start then. taus: strictly descending steps in 0 .. T - 1, all evaluated, then t = -1.
-    k, depth: every k-th step a full pass (D6), else depth + 1 outer stages (D5). n_guided: steps with guidance, the
+    k, depth: every k-th step a full pass (D4, D6), else a shallow one (D5). n_guided: steps with guidance, the
     first ones (None: all); then cross-attentions are frozen by `choice` ("none": not). order: 1 DDIM, 2 DPM-Solver++
     2M. trace(i, xt, x0_hat, cache): called after each evaluation. n_low=0, k=1, n_guided=None: plain classifier-free
     guidance. Raises ValueError if a number does not fit."""
@@ -442,7 +442,7 @@ def mixed_resolution_sample(net, noise, taus, alpha_bar, text, null, w, n_low=0,
 
 def uniform_steps(first, K):
     """K descending steps from `first` down, trailing: multiples of (first + 1) / K, less 1 (D1)."""
-    return [int((first + 1) * (K - k) / K - 0.5) for k in range(K)]
+    return [int((first + 1) * (K - i) / K - 0.5) for i in range(K)]
 
 
 def share_of(share, K):
@@ -543,7 +543,7 @@ def search(net, config, device):
 
     full = macs(plan_of(dict(config, method="base", steps=REFERENCE_STEPS)))
     plans = [plan_of(dict(config, steps=K, s=s)) for K in STEPS for s in SHARES]
-    plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
+    plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]    # base, cache: no s
     plan, tried = calibrate(plans, lambda plan: macs(plan) / full, score, BUDGET)
     for found, cost, value in tried:
         print(f"{100 * cost:.1f} % of the MACs, caption score[{name}] {value:.4f}: {describe(found)}")

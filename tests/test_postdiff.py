@@ -395,14 +395,14 @@ def test_the_cache_is_a_value():
     first = p.cached_eps(net, xt, later, TEXT, NULL, 2.0, cache, k=2)[0]
     p.cached_eps(net, randn(2, 3, 8, 8), later, TEXT, NULL, 2.0, cache, k=2)
     assert torch.equal(p.cached_eps(net, xt, later, TEXT, NULL, 2.0, cache, k=2)[0], first)
-    assert p.EMPTY == dict(size=None, age=0, deep=None, cross={}, frozen={})
+    assert p.EMPTY == dict(size=None, age=0, deep=None, last={}, frozen={})
 
 
 def test_choose_by_hand():
     out = torch.tensor([[1.0], [2.0], [10.0], [20.0]])                         # null, null, text, text
     for choice, expected in (("cond", [10, 20]), ("uncond", [1, 2]), ("ave", [5.5, 11]), ("cfg", [28, 56])):
         assert p.choose(out, choice, 3.0)[:, 0].tolist() == expected
-    cache = dict(p.EMPTY, cross={0: out})
+    cache = dict(p.EMPTY, last={0: out})
     assert p.freeze_cross(cache, "ave", 3.0)["frozen"][0][:, 0].tolist() == [5.5, 11]
     assert p.freeze_cross(cache, "ave", None)["frozen"][0] is out              # without guidance no pairs (D8)
 

@@ -9,7 +9,7 @@ All are fine-tuned from a base model of c2f_trd.py: label (the script's: an embe
     python variants/c2f_trd_strategies.py --sample --method c2f --low-steps 10 --steps 10 --t-star 706 --out runs/2dms
     python variants/c2f_trd_strategies.py --search --sample --out runs/2dms       # C2F+TRD, as in the script
 
-Everything else is c2f_trd.py's. (D4), (D5): results/c2f_trd/README.md.
+Everything else is c2f_trd.py's. (D4), (D5), (D13): results/c2f_trd/README.md.
 """
 import sys
 from pathlib import Path

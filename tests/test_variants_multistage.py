@@ -291,6 +291,8 @@ def test_noise_levels_of_edm(edges, shares):
         p = high - low
         assert abs(float((stages == s).double().mean()) - p) < 4 * (p * (1 - p) / len(sigma)) ** 0.5
         assert shares is None or p == pytest.approx(shares[s], abs=3e-4)
+    with pytest.raises(ValueError, match="--shares"):          # these are EDM's: others are refused
+        common.parse_config("multistage_edm", edm.script.CONFIG, "", ["--train", "--shares", "0.7", "0.2", "0.1"])
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ import multistage as stages  # noqa: E402
 from common import load_images, noise_for, start_device, to_float  # noqa: E402
 
 S, SEPARATE = "multistage", "multistage_separate"
-UNIFIED, THIRDS, WEIGHTS = (f"--checkpoint weights/multistage/{name}.pt" for name in ("unified", "thirds", "weights"))
+UNIFIED, THIRDS, FIRST, WEIGHTS = (f"--checkpoint weights/multistage/{name}.pt" for name in (
+    "unified", "thirds", "first", "weights"))
 NET = "--data fashion --batch 256"
 SIXTY, HALF, NARROW_MACS = 1.73e14, 1.48e14, 1.32e14           # forward MACs: 60, 51, 46 % of the unified network's
 ALIKE = "--edges 0.485 0.7062"         # the edges of the shipped network: Algorithm 1, of the 60,000 images
@@ -30,7 +31,8 @@ QUICK = dict(n=1000)
 FURTHER = (f"{ALIKE} --widths 40 24 12 --shares 0.8 0.1 0.1 --batch 64 --lr 3e-4 --save-every 100 "
            "--init weights/multistage/thirds.pt")
 FURTHER_ARM = "three decoders, then most draws next to the data"
-SHIPPED = "three decoders, narrower, most draws next to the data"              # weights.pt; thirds.pt: alike, 40 24 12
+FIRST_ARM = "three decoders, narrower, most draws next to the data"
+SHIPPED = f"{FIRST_ARM}, trained further"                      # first.pt, to 60 %
 EDGES = [0.485, 0.7062]                                        # of the stages whose losses are compared
 SHARES = (0.25, 0.5, 1)                # of MACS: Fig. 1(d)
 
@@ -51,12 +53,16 @@ def facts(net, config, plan, device=None):
             "evaluations in each stage": " + ".join(map(str, plan["by_stage"])), "parameters": parameters(net)}
 
 
+def spent(argv):
+    """Forward MACs of a network's training; what went on from another one (--init) went to three fifths in all."""
+    module, _, config, *_ = opened(S, argv)
+    return SIXTY if config["init"] else training_macs(module, config) * config["step"] * config["batch"]
+
+
 def headline():
     """Results at a glance: one decoder, three decoders; the forward MACs that trained them."""
     for argv, arm, what in ((UNIFIED, "off switch", "one decoder"), (WEIGHTS, "method", "three decoders")):
-        module, _, config, *_ = opened(S, argv)
-        macs = training_macs(module, config) * config["step"] * config["batch"]
-        record(S, "headline", argv, arm, cells=dict(what=what), training_macs=macs)
+        record(S, "headline", argv, arm, cells=dict(what=what), training_macs=spent(argv))
 
 
 def opinion():
@@ -75,10 +81,8 @@ def share():
             ("three decoders, narrower", run("narrow", NARROW, macs=NARROW_MACS, net=NET)),
             ("three decoders, edges of equal SNR",
              run("snr-half", "--edges 0.348 0.709 --widths 40 24 12", macs=HALF, net=NET)),
-            (FURTHER_ARM, towards()), (SHIPPED, WEIGHTS)):
-        module, _, config, *_ = opened(S, argv)
-        macs = training_macs(module, config) * config["step"] * config["batch"]
-        macs = SIXTY if arm == FURTHER_ARM else macs           # with what it was trained from
+            (FURTHER_ARM, towards()), (FIRST_ARM, FIRST), (SHIPPED, WEIGHTS)):
+        macs = spent(argv)
         whole = whole or macs                                  # of the first arm
         words = {"training MACs": f"{100 * macs / whole:.0f} %"}
         record(S, "share", argv, arm, cells=lambda *plan: {**facts(*plan), **words}, training_macs=macs)
@@ -86,9 +90,7 @@ def share():
 
 def towards():
     """--checkpoint of three decoders trained further, to 60 % of one decoder's MACs, most draws next to the data."""
-    _, _, config, *_ = opened(S, THIRDS)
-    before = training_macs(stages, config) * config["step"] * config["batch"]
-    return run("towards", FURTHER, macs=SIXTY - before, net=NET)
+    return run("towards", FURTHER, macs=SIXTY - spent(THIRDS), net=NET)
 
 
 def exchange():
@@ -228,7 +230,7 @@ def stage_losses():
             ("one decoder", UNIFIED),
             ("one decoder, three fifths", run("sixty-one", "--widths 32", macs=SIXTY, net=NET)),
             ("three decoders", THIRDS), ("three decoders, wider", run("60", ALIKE, macs=SIXTY, net=NET)),
-            (FURTHER_ARM, towards()), (SHIPPED, WEIGHTS),
+            (FURTHER_ARM, towards()), (FIRST_ARM, FIRST), (SHIPPED, WEIGHTS),
             ("small, one decoder", run("unified", PLAIN)), ("small, three decoders", three())):
         _, net, config, _, device = opened(S, argv)
         eps, found = noise_for(range(n), x0.shape[1:]), {}

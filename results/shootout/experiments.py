@@ -91,7 +91,7 @@ def lowdiff():
 
 
 def stages():
-    """Multistage: a decoder for each stage of the noise, trained with 46 % of the unified one's MACs."""
+    """Multistage: a decoder for each stage of the noise, trained with 60 % of the unified one's MACs."""
     for nfe in (6, 9, 12, 20):
         line("Multistage", f"Multistage, {nfe} evaluations", "multistage", f"{STAGES} --nfe {nfe}")
 

@@ -30,7 +30,8 @@ import report  # noqa: E402
 SCRIPTS = ("c2f_trd", "lowdiff", "multistage", "postdiff")
 SHIPPED = {"c2f_trd": {"base": "", "weights": "--low 8"},
            "lowdiff": {"edm": "--stages 32", "weights": "", "two": "--stages 16 32"},
-           "multistage": {"unified": "--widths 8", "thirds": "", "first": "", "weights": ""}, "postdiff": {"weights": ""}}
+           "multistage": {"unified": "--widths 8", "thirds": "", "first": "", "weights": ""},
+           "postdiff": {"weights": ""}}
 VARIANTS = ("c2f_trd_strategies", "lowdiff_cdm", "lowdiff_latent", "multistage_separate", "multistage_edm",
             "multistage_latent", "postdiff_lcm", "postdiff_dit")
 TINY = dict(ch=8, mult="1 1", attention=1, patch=4, batch=4, ae_iters=1, blocks=1, heads=2)

@@ -54,9 +54,10 @@ def facts(net, config, plan, device=None):
 
 
 def spent(argv):
-    """Forward MACs of a network's training; what went on from another one (--init) went to three fifths in all."""
+    """Forward MACs of a network's training, with those of the network that it went on from (--init)."""
     module, _, config, *_ = opened(S, argv)
-    return SIXTY if config["init"] else training_macs(module, config) * config["step"] * config["batch"]
+    before = spent(f"--checkpoint {config['init']}") if config["init"] else 0
+    return before + training_macs(module, config) * config["step"] * config["batch"]
 
 
 def headline():
